@@ -1,0 +1,34 @@
+"""variator: compression plugins that make frozen Transformer encoders faster, compiled for deployment.
+
+The verbs are `export`, `build`, `bench`, `train` and `Runtime`; they are imported on first use, so that serving
+a bundle loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Runtime": "variator.engines.runtime",
+    "build": "variator.engines.build",
+    "bench": "variator.bench.run",
+    "export": "variator.exporters.export",
+    "ExportSettings": "variator.exporters.export",
+    "train": "variator.toolkit.train",
+    "TrainSettings": "variator.toolkit.train",
+    "load_backbone": "variator.toolkit.checkpoint",
+    "read_corpus": "variator.toolkit.corpus",
+    "PluginConfig": "variator.toolkit.plugin",
+    "Bundle": "variator.toolkit.bundle",
+    "VariatorError": "variator.errors",
+}
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'variator' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

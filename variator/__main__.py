@@ -1,0 +1,5 @@
+"""`python -m variator`."""
+
+from variator.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""Files on disk: hashes, names that stay inside a directory, and writes that are complete or absent.
+
+Used by every room that writes something another process may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from variator.errors import BundleError, VariatorError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hex sha256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory / name`, refused if it would lie anywhere else (absolute, `..`, or a link that leads out).
+
+    Raises:
+        BundleError: If it would.
+    """
+    path = directory / name
+    if not name or Path(name).is_absolute() or not path.resolve().is_relative_to(directory.resolve()):
+        raise BundleError(
+            f"{name!r} is a path outside {directory}", valid="plain names of files in the directory", fix="export again"
+        )
+    return path
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file beside its place, flush it to disk and rename it there.
+
+    Raises:
+        VariatorError: If the disk is full or the place not writable; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system's error while writing `path` into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise VariatorError(
+            f"cannot write {path}: {error.strerror or error}",
+            fix="free disk space or choose another place; nothing half-written was kept",
+        ) from error
+
+
+@contextlib.contextmanager
+def directory_written_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A directory that appears under its final name only when the block has succeeded.
+
+    The block writes into a hidden sibling, which is renamed at the end and removed on any error. Leftovers of
+    killed processes are removed first.
+
+    Args:
+        final: Where it goes.
+        replace: Whether an existing directory may be replaced.
+
+    Raises:
+        VariatorError: If `final` exists and may not be replaced, or the disk refuses.
+    """
+    if final.exists() and not replace:
+        raise VariatorError(f"{final} exists already", fix="choose another name, or pass --overwrite")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final)
+        # The process id in the name lets a later run tell a leftover from a neighbour at work.
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.part-{os.getpid()}-", dir=final.parent))
+    try:
+        with disk_errors(final):
+            yield partial
+            partial.chmod(0o755)
+            if final.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{final.name}.part-{os.getpid()}-", dir=final.parent))
+                final.rename(old / "old")
+                partial.rename(final)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftovers(final: Path) -> None:
+    for leftover in final.parent.glob(f".{final.name}.part-*"):
+        owner = leftover.name.split(".part-")[-1].split("-")[0]
+        if owner.isdigit() and int(owner) != os.getpid() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""The bundle on disk: the manifest's fields, reading it with suspicion, writing it last.
+
+Needs neither torch nor onnx: a serving machine opens bundles with this module alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from variator.errors import BundleError, InputError
+from variator.files import inside, sha256_of, write_atomically
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+GATE_FILE = "gate.safetensors"
+"""Inputs and PyTorch outputs that every artefact made from the bundle is compared with."""
+
+
+@dataclass(frozen=True)
+class RatioEntry:
+    """One ratio of a bundle.
+
+    Args:
+        graph: File name of its ONNX graph.
+        plugin_sha256: Of the plugin's tensors file content; empty for ratio 1.
+        plugin_parameters: Number of parameters the plugin adds.
+        untrained: True if the plugin is for speed measurements only.
+        flops: At batch 1, 128 tokens: attention, ffn, plugin, head, total, saved (share of ratio 1's total).
+        max_abs_error: Largest difference from the PyTorch reference that the gate saw.
+        training: The plugin's training record.
+    """
+
+    graph: str
+    plugin_sha256: str = ""
+    plugin_parameters: int = 0
+    rank: int = 0
+    activation: str = ""
+    untrained: bool = False
+    flops: dict[str, float] = field(default_factory=dict)
+    max_abs_error: float = 0.0
+    quality: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says about itself; the fields of `manifest.json`."""
+
+    versions: dict[str, str]
+    model: str
+    family: str
+    task: str
+    pooling: dict[str, Any]
+    hidden_size: int
+    layers: int
+    vocabulary: int
+    parameters: int
+    max_length: int
+    precision: str
+    inputs: list[str]
+    outputs: list[str]
+    backbone: str
+    real: bool
+    ratios: dict[int, RatioEntry]
+    files: dict[str, FileEntry]
+    layout: str = "per-ratio"
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """JSON text of the manifest."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str, place: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            BundleError: If it is not JSON, of an unknown version, or a field is missing or of the wrong kind.
+        """
+        fix = "export again with `variator export`"
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{place} is not JSON: {error}", fix=fix) from error
+        version = data.pop("format_version", None) if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise BundleError(f"{place} has bundle format version {version!r}", valid=str(FORMAT_VERSION),
+                              fix="use the version of variator that wrote it, or export again")
+        try:
+            ratios = {int(ratio): RatioEntry(**entry) for ratio, entry in data.pop("ratios").items()}
+            files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
+            manifest = Manifest(ratios=ratios, files=files, **data)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise BundleError(f"{place} is damaged: {error}", fix=fix) from error
+        unlisted = [entry.graph for entry in manifest.ratios.values() if entry.graph not in manifest.files]
+        if 1 not in manifest.ratios or unlisted:
+            raise BundleError(f"{place} is damaged: ratio 1 or a graph is not listed {unlisted}", fix=fix)
+        return manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported model on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: Path | str) -> Bundle:
+        """Open a bundle: parse its manifest and compare every listed file's size. Hashes: see `verify`.
+
+        Raises:
+            BundleError: If it is not a bundle, or a file is missing, of another size, or outside of it.
+        """
+        path = Path(path)
+        place = path / MANIFEST
+        try:
+            text = place.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path} is not a bundle: cannot read {MANIFEST} ({error})",
+                              valid="a directory written by `variator export`") from error
+        bundle = Bundle(path, Manifest.from_json(text, str(place)))
+        for name, entry in bundle.manifest.files.items():
+            file = inside(path, name)
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry.bytes:
+                found = "missing" if size is None else f"{size} bytes long"
+                raise BundleError(f"{file} is {found}", valid=f"{entry.bytes} bytes", fix="copy the bundle again, or export again")
+        return bundle
+
+    def verify(self, *names: str) -> None:
+        """Hash the named files, or all, and compare with the manifest.
+
+        Raises:
+            BundleError: If one differs.
+        """
+        for name in names or self.manifest.files:
+            if sha256_of(inside(self.path, name)) != self.manifest.files[name].sha256:
+                raise BundleError(f"{self.path / name} has changed since it was exported (sha256 differs)",
+                                  fix="copy the bundle again, or export again")
+
+    @property
+    def ratios(self) -> list[int]:
+        """The ratios it holds, ascending."""
+        return sorted(self.manifest.ratios)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether any plugin in it was never trained."""
+        return any(entry.untrained for entry in self.manifest.ratios.values())
+
+    def ratio(self, ratio: int) -> RatioEntry:
+        """The entry of a ratio.
+
+        Raises:
+            InputError: If the bundle has none; lists those it has.
+        """
+        if isinstance(ratio, bool) or ratio not in self.manifest.ratios:
+            raise InputError(f"ratio {ratio!r} is not in {self.path}", valid=", ".join(map(str, self.ratios)),
+                             fix=f"variator export {self.manifest.model} --ratio {ratio} -o {self.path} --overwrite")
+        return self.manifest.ratios[ratio]
+
+    def graph(self, ratio: int) -> Path:
+        """Path of a ratio's ONNX graph."""
+        return inside(self.path, self.ratio(ratio).graph)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Bundle:
+    """Write the manifest last and read it back."""
+    write_atomically(directory / MANIFEST, manifest.to_json())
+    bundle = Bundle.open(directory)
+    bundle.verify()
+    return bundle
+
+
+def list_files(directory: Path) -> dict[str, FileEntry]:
+    """Every file in a flat directory but the manifest, with size and hash."""
+    return {
+        path.name: FileEntry(path.stat().st_size, sha256_of(path))
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }

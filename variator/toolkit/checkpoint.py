@@ -1,0 +1,296 @@
+"""Load a checkpoint, local or from a hub, into the canonical encoder with its own head.
+
+The task is read from the checkpoint's files: sentence-transformers' `modules.json` means `embed`, a
+`...ForSequenceClassification` architecture `classify`, `...ForQuestionAnswering` `qa`, anything else `hidden`.
+No code from a model directory is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from variator.errors import BackboneError, InputError
+from variator.toolkit.encoder import Encoder, EncoderConfig
+from variator.toolkit.families import family_of
+from variator.toolkit.families.base import Family
+from variator.toolkit.heads import OUTPUTS, ClassifyHead, EmbedHead, HiddenHead, QaHead, linear
+from variator.toolkit.plugin import LayerPlugin
+from variator.toolkit.random_models import PREFIX, RANDOM_MARK, write_random_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+AUTO_CLASSES = {
+    "embed": "AutoModel",
+    "classify": "AutoModelForSequenceClassification",
+    "qa": "AutoModelForQuestionAnswering",
+    "hidden": "AutoModel",
+}
+
+TORCH_ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modules.linear.Identity": ""}
+"""Activation classes that a sentence-transformers Dense module may name -> ours."""
+
+
+class Model(nn.Module):
+    """Encoder and head: ids in, the task's outputs out."""
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        plugin: Callable[[int], LayerPlugin] | None = None,
+        ratio: int = 1,
+        activation: str = "tanh",
+    ) -> tuple[Tensor, ...]:
+        """Arguments as `Encoder.forward`; outputs as `heads.OUTPUTS` names them."""
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids, plugin, ratio, activation)
+        outputs: tuple[Tensor, ...] = self.head(hidden, attention_mask.to(hidden.dtype))
+        return outputs
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen pretrained model, ready to train plugins for and to export.
+
+    Args:
+        id: What the manifest calls it.
+        family: Name of its family.
+        task: A key of `heads.OUTPUTS`.
+        model: The canonical encoder and head, in eval mode, fp32, no gradients.
+        original: transformers' own model of the same checkpoint, the reference for ratio 1.
+        tokenizer: transformers' tokenizer.
+        max_length: Longest sequence in tokens the checkpoint allows.
+        token_types: Whether `token_type_ids` is an input.
+        fingerprint: sha256 over the encoder's tensors; the head is not part of it.
+        real: False for a checkpoint with random weights.
+    """
+
+    id: str
+    family: str
+    task: str
+    model: Model
+    original: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    token_types: bool
+    fingerprint: str
+    real: bool = True
+    pooling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> EncoderConfig:
+        """Sizes of the encoder."""
+        return self.model.encoder.config
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return OUTPUTS[self.task]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return ("input_ids", "attention_mask") + (("token_type_ids",) if self.token_types else ())
+
+
+def fingerprint(family: Family, weights: Mapping[str, Tensor], config: PretrainedConfig) -> str:
+    """sha256 over the checkpoint's encoder tensors as stored: what a plugin was trained for.
+
+    The folded tensors of `Encoder` would not do: their last bits depend on the machine's matrix product.
+    """
+    digest = hashlib.sha256()
+    for name in family.encoder_sources(config):
+        tensor = weights[name].float().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def load_backbone(model: str, task: str | None = None, name: str | None = None) -> Backbone:
+    """Load a checkpoint from a local directory or a hub id.
+
+    Args:
+        model: Directory or hub id; or `random:<size>`, a toy with random weights for speed measurements.
+        task: Overrides the detected task; `embed` without sentence-transformers files means mean pooling
+            and normalisation.
+        name: What to call the model in manifests; the directory's name or the hub id by default.
+
+    Raises:
+        BackboneError: If it cannot be read, is of an unsupported architecture, or lacks the task's head.
+        InputError: For an unknown task.
+    """
+    import transformers
+
+    if task is not None and task not in OUTPUTS:
+        raise InputError(f"unknown task {task!r}", valid=", ".join(OUTPUTS))
+    _quiet()
+    if model.startswith(PREFIX):
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = write_random_checkpoint(model.removeprefix(PREFIX), Path(scratch) / "model")
+            return load_backbone(str(directory), task, name or model.replace(":", "-"))
+    directory = Path(model)
+    if not directory.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise BackboneError(f"no directory {model!r}", valid="a directory with config.json, or a hub id such as org/name")
+    config = _load(transformers.AutoConfig, model)
+    family = family_of(config.model_type)
+    files = _sentence_transformers_files(model, directory)
+    task = task or _detect_task(config, files)
+    original = _load_original(getattr(transformers, AUTO_CLASSES[task]), model, task, family)
+    weights = {key.removeprefix(f"{original.base_model_prefix}."): value for key, value in original.state_dict().items()}
+    encoder = Encoder(family.encoder_config(config))
+    encoder.load_state_dict({k: v.float() for k, v in family.encoder_weights(weights, config).items()}, assign=True)
+    head, pooling = _head(task, family, weights, files)
+    tokenizer = _load(transformers.AutoTokenizer, model)
+    limit = int(files.get("sentence_bert_config.json", {}).get("max_seq_length") or encoder.config.max_length)
+    return Backbone(
+        id=name or (directory.resolve().name if directory.exists() else model),
+        family=family.name,
+        task=task,
+        model=Model(encoder, head).eval().requires_grad_(False),
+        original=original,
+        tokenizer=tokenizer,
+        max_length=min(limit, encoder.config.max_length),
+        token_types=encoder.config.token_types > 1 and task != "embed",
+        fingerprint=fingerprint(family, weights, config),
+        real=not getattr(config, RANDOM_MARK, False),
+        pooling=pooling,
+    )
+
+
+def _quiet() -> None:
+    """transformers' loading bars and reports belong to its own command line, not to ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("httpx").setLevel(logging.ERROR)
+
+
+def _load(auto_class: Any, model: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(model, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds; all mean that the checkpoint cannot be used
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"cannot load {model!r} with {auto_class.__name__}: {reason}",
+            valid="a directory in Hugging Face format, or a hub id that this machine can reach or has cached",
+            fix="check the path, or download the checkpoint to a local directory",
+        ) from error
+
+
+def _load_original(auto_class: Any, model: str, task: str, family: Family) -> PreTrainedModel:
+    original, report = _load(auto_class, model, output_loading_info=True, dtype=torch.float32)
+    head_of_pooler = task == "classify" and family.classifier.dense.startswith("pooler")
+    missing = [key for key in report["missing_keys"] if head_of_pooler or ".pooler." not in f".{key}"]
+    if missing:
+        raise BackboneError(
+            f"{model!r} has no weights for {len(missing)} tensors that task {task!r} needs, first {sorted(missing)[0]!r}",
+            valid=f"a checkpoint trained for it, or --task {'hidden' if task != 'hidden' else 'embed'}",
+        )
+    loaded: PreTrainedModel = original.eval().requires_grad_(False)
+    return loaded
+
+
+def _detect_task(config: PretrainedConfig, files: Mapping[str, Any]) -> str:
+    if "modules.json" in files:
+        return "embed"
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        return "classify"
+    return "qa" if architecture.endswith("ForQuestionAnswering") else "hidden"
+
+
+def _sentence_transformers_files(model: str, directory: Path) -> dict[str, Any]:
+    """The JSON files that make a checkpoint a sentence-transformers model, and its Dense weights, by name."""
+
+    def path_of(name: str) -> Path | None:
+        if directory.exists():
+            path = directory / name
+            if not path.resolve().is_relative_to(directory.resolve()):
+                raise BackboneError(f"modules.json names a path outside the model directory: {name!r}")
+            return path if path.exists() else None
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        return Path(found) if found else None
+
+    def read(name: str) -> Any:
+        path = path_of(name)
+        try:
+            return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BackboneError(f"{name} of {model!r} is not valid JSON: {error}") from error
+
+    modules = read("modules.json")
+    if modules is None:
+        return {}
+    files: dict[str, Any] = {"modules.json": modules, "sentence_bert_config.json": read("sentence_bert_config.json") or {}}
+    for module in modules:
+        kind, folder = str(module["type"]).rsplit(".", 1)[-1], str(module["path"])
+        if kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
+            raise BackboneError(f"sentence-transformers module {kind!r} is not supported",
+                                valid="Transformer, Pooling, Dense, Normalize")
+        if kind in ("Pooling", "Dense"):
+            files[kind] = read(f"{folder}/config.json")
+        if kind == "Dense":
+            files["Dense weights"] = path_of(f"{folder}/model.safetensors")
+        if kind == "Normalize":
+            files[kind] = True
+    return files
+
+
+def _head(
+    task: str, family: Family, weights: Mapping[str, Tensor], files: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    if task == "embed":
+        return _embed_head(files)
+    if task == "classify":
+        names = family.classifier
+        dense = linear(weights[f"{names.dense}.weight"], weights[f"{names.dense}.bias"])
+        output = linear(weights[f"{names.output}.weight"], weights[f"{names.output}.bias"])
+        return ClassifyHead(dense, names.activation, output), {}
+    if task == "qa":
+        return QaHead(linear(weights["qa_outputs.weight"], weights["qa_outputs.bias"])), {}
+    return HiddenHead(), {}
+
+
+def _embed_head(files: Mapping[str, Any]) -> tuple[EmbedHead, dict[str, Any]]:
+    if not files:
+        return EmbedHead("mean", True), {"pooling": "mean", "normalise": True}
+    settings = files.get("Pooling") or {}
+    modes = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_length": "mean_sqrt_len_tokens"}
+    chosen = [mode for mode, key in modes.items() if settings.get(f"pooling_mode_{key}")]
+    if not chosen and settings.get("pooling_mode"):
+        chosen = [str(settings["pooling_mode"])]
+    if len(chosen) != 1:
+        raise BackboneError(f"pooling {chosen or settings} is not supported", valid=f"exactly one of {', '.join(modes)}")
+    dense, activation = None, ""
+    if "Dense" in files:
+        from safetensors.torch import load_file
+
+        name = str(files["Dense"].get("activation_function", ""))
+        if name not in TORCH_ACTIVATIONS or files["Dense weights"] is None:
+            raise BackboneError(f"the Dense module ({name}) cannot be loaded",
+                                valid=f"model.safetensors with activation {', '.join(TORCH_ACTIVATIONS)}")
+        tensors = load_file(files["Dense weights"])
+        dense, activation = linear(tensors["linear.weight"].float(), tensors.get("linear.bias")), TORCH_ACTIVATIONS[name]
+    normalise = "Normalize" in files
+    head = EmbedHead(chosen[0], normalise, dense, activation)
+    return head, {"pooling": chosen[0], "normalise": normalise, "dense": dense is not None}

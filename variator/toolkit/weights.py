@@ -1,0 +1,92 @@
+"""Content-addressed weight files: each distinct tensor once, for all graphs that use it.
+
+Graphs keep small tensors inline and point to large ones by file, offset and length (ONNX external data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from variator.errors import BundleError
+from variator.files import inside
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
+
+INLINE_BYTES = 1024
+"""Tensors up to this size stay in the graph."""
+
+ALIGNMENT = 4096
+"""Offsets are page-aligned, so that a runtime can map a tensor instead of reading it."""
+
+
+class WeightStore:
+    """Appends tensors to data files in a directory and remembers where each content lies."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._places: dict[str, tuple[str, int, int]] = {}
+
+    def add(self, data: bytes | memoryview, file: str) -> tuple[str, int, int]:
+        """Place of these bytes (file, offset, length): an earlier one if the content is known, else appended to `file`."""
+        address = hashlib.sha256(data).hexdigest()
+        if address not in self._places:
+            with (self._directory / file).open("ab") as out:
+                offset = _pad(out)
+                out.write(data)
+            self._places[address] = (file, offset, len(data))
+        return self._places[address]
+
+    def externalise(self, model: onnx_ir.Model, file: str) -> None:
+        """Move a graph's large tensors out of it; those that no earlier graph had go to `file`."""
+        import onnx_ir as ir
+
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= INLINE_BYTES:
+                continue
+            location, offset, length = self.add(tensor.tobytes(), file)
+            value.const_value = ir.ExternalTensor(
+                location, offset, length, tensor.dtype, shape=tensor.shape, name=value.name or "",
+                base_dir=self._directory,
+            )
+
+
+def _pad(out: BinaryIO) -> int:
+    position = out.seek(0, 2)
+    out.write(b"\0" * (-position % ALIGNMENT))
+    return out.tell()
+
+
+def external_tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, dict[str, str]]]:
+    """Every initializer of a graph that lies in another file, with its entries (location, offset, length, ...)."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield tensor, {entry.key: entry.value for entry in tensor.external_data}
+
+
+def check_external_data(graph: Path) -> None:
+    """Refuse a graph whose weights lie outside its directory or beyond the end of a file.
+
+    Raises:
+        BundleError: Naming the tensor.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    fix = "copy the bundle again, or export again"
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{graph} is not an ONNX graph: {error}", fix=fix) from error
+    for tensor, entries in external_tensors(model):
+        file = inside(graph.parent, entries.get("location", ""))
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        if not file.is_file() or file.stat().st_size < end:
+            raise BundleError(f"{graph.name}: the data of {tensor.name!r} is missing from {file.name}", fix=fix)
