@@ -1,0 +1,205 @@
+"""The numeric gate: every artefact against the PyTorch reference, on shapes that tracing did not see.
+
+The reference runs each row alone and unpadded; the artefact gets padded batches with random token ids under
+the padding. So the gate also proves that padding and neighbours do not matter. Ratio 1's reference is
+transformers' own model, the others' the module the graph was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from variator.errors import BundleError, GateError
+
+if TYPE_CHECKING:
+    from variator.exporters.graph import Compressed
+    from variator.toolkit.checkpoint import Backbone
+
+Array = npt.NDArray[np.float32]
+Feed = dict[str, npt.NDArray[np.int64]]
+
+SHAPES = ((1, 1), (1, 5), (1, 33), (1, 128), (3, 1), (3, 5), (3, 33), (3, 128))
+"""Batch and length of the cases; rows of a batch of 3 are 1/1, 2/3 and 1/3 of the length long."""
+
+PASSAGE = """The lighthouse at the end of the pier was built in 1871, after a storm had driven three fishing boats onto
+the rocks within a single night. Its lamp burned colza oil at first, later paraffin, and since 1932 it has been
+electric. The keeper lived with his family in two rooms below the lantern, climbed 114 steps every evening and wrote
+down wind, visibility and passing ships in a book that the harbour museum still owns. How many vessels it has saved
+nobody can say. Today the light is switched on by a timer; visitors may go up between May and September, if the
+weather allows it, and on a clear day they can see the islands, the chalk cliffs and, with good eyes, the wreck."""
+"""Real text for the gate: on random ids a real model's activations look like nothing it was made for."""
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.05, "int8": 0.7}
+"""Largest accepted error by precision: the L2 norm of the difference over the reference's, per case.
+
+A wrong mask, weight or order gives about 1. The low precisions' limits only tell rounding from wrong: on the real
+MiniLM with its trained plugins bf16 has up to TBD, int8 up to TBD. Whether that is good enough is a question of
+quality, see `variator bench`.
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of the gate and what PyTorch makes of it, by ratio."""
+
+    feed: Feed
+    expected: dict[int, dict[str, Array]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens per row."""
+        return [int(total) for total in self.feed["attention_mask"].sum(axis=1)]
+
+
+def make_feeds(
+    inputs: Sequence[str], vocabulary: int, max_length: int, text: Sequence[int] = (), seed: int = 0
+) -> list[Feed]:
+    """The gate's inputs for a model: stretches of `text`, random ids under the padding and where there is no text.
+
+    Args:
+        text: Token ids of real text; ids that are repeated often (unknown words of a toy) are not used.
+    """
+    rng = np.random.default_rng(seed)
+    text = [token for token in text if text.count(token) < len(text) // 4]
+    feeds = []
+    for batch, length in SHAPES:
+        length = min(length, max_length)
+        rows = [length, max(1, 2 * length // 3), max(1, length // 3)][:batch]
+        mask = (np.arange(length)[None, :] < np.array(rows)[:, None]).astype(np.int64)
+        ids = rng.integers(0, vocabulary, (batch, length))
+        for row, count in enumerate(rows):
+            stretch = text[row * 5 : row * 5 + count]
+            ids[row, : len(stretch)] = stretch
+        feed = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in inputs:
+            feed["token_type_ids"] = rng.integers(0, 2, (batch, length))
+        feeds.append(feed)
+    return feeds
+
+
+def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dict[str, Array]:
+    """PyTorch's outputs for one case, each row run alone without padding; token outputs are 0 on padding."""
+    import torch
+
+    outputs: dict[str, Array] = {}
+    for row, length in enumerate(feed["attention_mask"].sum(axis=1)):
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values[row : row + 1, :length])) for name, values in feed.items()}
+        with torch.no_grad():
+            results = _original(backbone, tensors) if module.ratio == 1 else module(**tensors)
+        for name, result in zip(backbone.outputs, results, strict=True):
+            shape = tuple(result.shape[1:])
+            if name not in outputs:
+                per_token = name in PER_TOKEN
+                full = (feed["input_ids"].shape[1], *shape[1:]) if per_token else shape
+                outputs[name] = np.zeros((len(feed["input_ids"]), *full), np.float32)
+            target = outputs[name][row]
+            if name in PER_TOKEN:
+                target[:length] = result[0].numpy()
+            else:
+                target[...] = result[0].numpy()
+    return outputs
+
+
+PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits")
+"""Outputs with a sequence dimension."""
+
+
+def _original(backbone: Backbone, tensors: Mapping[str, object]) -> tuple[object, ...]:
+    """Ratio 1 by transformers' own code; our head only where transformers has none."""
+    result = backbone.original(**tensors)
+    if backbone.task in ("classify", "qa"):
+        return tuple(getattr(result, name) for name in backbone.outputs)
+    mask = tensors["attention_mask"]
+    return tuple(backbone.model.head(result.last_hidden_state, mask.float()))  # type: ignore[attr-defined]
+
+
+def compare(
+    name: str, precision: str, cases: Sequence[Case], ratio: int, run: Callable[[Feed], Mapping[str, Array]]
+) -> float:
+    """Run an artefact on every case and compare.
+
+    Args:
+        name: What the artefact is called in the error.
+        precision: Key of `TOLERANCE`.
+        run: The artefact; any exception it raises counts as a failure.
+
+    Returns:
+        The largest absolute error.
+
+    Raises:
+        GateError: Naming the tensor, the shape and the error.
+    """
+    worst = 0.0
+    for case in cases:
+        shape = "x".join(map(str, case.feed["input_ids"].shape))
+        try:
+            outputs = run(case.feed)
+        except Exception as error:  # any failure of a runtime on a legal shape fails the gate
+            raise GateError(f"{name} cannot run shape {shape}: {error}", valid="any batch and length") from error
+        for tensor, expected in case.expected[ratio].items():
+            found = outputs[tensor]
+            where = f"{name}, tensor {tensor!r}, shape {shape}"
+            if found.shape != expected.shape:
+                raise GateError(f"{where}: the result has shape {found.shape}", valid=str(expected.shape),
+                                fix="a dimension was fixed on the way; report this model")
+            if tensor in PER_TOKEN:  # what lies on padding is nobody's result
+                real = case.feed["attention_mask"].astype(bool)
+                found, expected = found[real], expected[real]
+            worst = max(worst, _error(where, precision, expected, found))
+    return worst
+
+
+def _error(where: str, precision: str, expected: Array, found: Array) -> float:
+    if not np.isfinite(found).all():
+        raise GateError(f"{where}: the result holds NaN or infinity", fix="check the weights of the model and the plugin")
+    difference = found - expected
+    relative = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12))
+    error = float(np.abs(difference).max())
+    if not relative <= TOLERANCE[precision]:
+        raise GateError(
+            f"{where}: off by {relative:.3g} of the reference's norm (largest difference {error:.3g})",
+            valid=f"at most {TOLERANCE[precision]} in {precision}",
+        )
+    return error
+
+
+def save_cases(cases: Sequence[Case], path: Path) -> None:
+    """Store the cases in a bundle, so that `variator build` can gate engines without PyTorch."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, npt.NDArray[np.generic]] = {}
+    for index, case in enumerate(cases):
+        tensors |= {f"{index}/feed/{name}": values for name, values in case.feed.items()}
+        for ratio, outputs in case.expected.items():
+            tensors |= {f"{index}/{ratio}/{name}": values for name, values in outputs.items()}
+    save_file(tensors, path)
+
+
+def load_cases(path: Path) -> list[Case]:
+    """Read the cases back.
+
+    Raises:
+        BundleError: If the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"cannot read {path}: {error}", fix="export again") from error
+    cases: dict[int, Case] = {}
+    for key in sorted(tensors):
+        index, part, name = key.split("/")
+        case = cases.setdefault(int(index), Case({}, {}))
+        if part == "feed":
+            case.feed[name] = tensors[key]
+        else:
+            case.expected.setdefault(int(part), {})[name] = tensors[key]
+    return [cases[index] for index in sorted(cases)]

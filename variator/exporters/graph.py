@@ -1,0 +1,121 @@
+"""One ratio of a model -> one ONNX graph, through torch's `torch.export`-based exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from onnx_ir.passes.common import NameFixPass
+from torch import Tensor, nn
+
+from variator.errors import GateError
+from variator.toolkit.checkpoint import Backbone, Model
+from variator.toolkit.plugin import layer_plugin
+from variator.toolkit.plugin_file import Plugin
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+OPSET = 20
+"""Operator set of the graphs: the oldest with Gelu as one operator, which every runtime here fuses."""
+
+TRACE_SHAPE = (2, 12)
+"""Batch and length used for tracing; the numeric gate uses others."""
+
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """How a graph is written. Room for the dtype and the layout of later exports."""
+
+    opset: int = OPSET
+
+
+class Compressed(nn.Module):
+    """A model with one plugin built in: what is exported, and the PyTorch reference of that ratio."""
+
+    def __init__(self, model: Model, plugin: Plugin | None) -> None:
+        super().__init__()
+        self.model = model
+        self.plugin = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(tensor, False) for name, tensor in plugin.tensors.items()}
+            if plugin
+            else {}
+        )
+        self.ratio = plugin.config.ratio if plugin else 1
+        self.activation = plugin.config.activation if plugin else "tanh"
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """int64 [batch, S] each -> the task's outputs."""
+        if self.ratio == 1:
+            outputs: tuple[Tensor, ...] = self.model(input_ids, attention_mask, token_type_ids)
+            return outputs
+        tensors = {name.replace("/", "."): tensor for name, tensor in self.plugin.items()}
+        outputs = self.model(
+            input_ids, attention_mask, token_type_ids, lambda layer: layer_plugin(tensors, layer), self.ratio, self.activation
+        )
+        return outputs
+
+
+def export_graph(backbone: Backbone, plugin: Plugin | None, settings: GraphSettings) -> onnx_ir.Model:
+    """Export one ratio with batch and sequence dynamic.
+
+    Args:
+        plugin: None for ratio 1.
+
+    Raises:
+        GateError: If the exporter used an operator that is not standard or fixed a dimension.
+    """
+    module = Compressed(backbone.model, plugin).eval()
+    example = torch.ones(TRACE_SHAPE, dtype=torch.int64)
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    with torch.no_grad(), quiet_exporter():
+        program = torch.onnx.export(
+            module,
+            tuple(example.clone() for _ in backbone.inputs),
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(backbone.inputs, dynamic),
+            input_names=list(backbone.inputs),
+            output_names=list(backbone.outputs),
+            opset_version=settings.opset,
+            verbose=False,
+        )
+    if program is None:
+        raise GateError("torch's exporter returned no graph")
+    model = program.model
+    # The exporter may give an inner value the name of an output (`embedding`), which no runtime loads.
+    NameFixPass()(model)
+    _check_structure(model)
+    return model
+
+
+def _check_structure(model: onnx_ir.Model) -> None:
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph if node.domain not in ("", "ai.onnx")})
+    if foreign:
+        raise GateError(f"the exporter used operators that are not standard ONNX: {', '.join(foreign)}")
+    for value in model.graph.inputs:
+        fixed = [dim for dim in (value.shape or ()) if isinstance(dim, int)]
+        if value.shape is None or fixed:
+            raise GateError(f"the exporter fixed a dimension of input {value.name!r}: {value.shape}", valid="[batch, sequence]")
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """The exporter's warnings are about its own insides; ours is the gate's verdict."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
