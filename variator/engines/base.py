@@ -1,0 +1,51 @@
+"""What an engine is: the contract between `engines.build`, `engines.runtime` and the backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from variator.toolkit.bundle import Bundle
+
+Feed = Mapping[str, npt.NDArray[np.int64]]
+Outputs = dict[str, npt.NDArray[np.float32]]
+
+
+class Engine(Protocol):
+    """One ratio, compiled and loaded. `run` may be called from several threads."""
+
+    precision: str
+    """As read back from the loaded engine."""
+
+    def run(self, feed: Feed) -> Outputs:
+        """int64 [batch, S] inputs -> fp32 outputs by name."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+class Backend(Protocol):
+    """A library that compiles and runs graphs. Each is one module of this package, imported lazily."""
+
+    name: str
+    distribution: str
+    """Its package, whose version is part of the build key."""
+
+    def missing(self) -> str | None:
+        """None if it can be used here, else why not."""
+
+    def precisions(self) -> list[str]:
+        """What it can build on this machine, best default first."""
+
+    def options(self, precision: str) -> dict[str, str]:
+        """Everything that shapes an artefact beside the graph; part of the build key."""
+
+    def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
+        """Write the artefacts of all ratios into `directory`."""
+
+    def load(self, bundle: Bundle, precision: str, directory: Path, ratio: int, threads: int) -> Engine:
+        """Load one ratio's artefact; its precision is read back from what was loaded."""

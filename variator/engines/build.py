@@ -1,0 +1,297 @@
+"""The verb `build`: a bundle's graphs -> engines for this machine, gated, keyed, reused while nothing changed.
+
+Each engine is a directory `engines/<backend>-<precision>-<key>` with its artefacts and an `engine.json`. The key
+hashes the graphs and weights, the options, the library's version and the processor's features, so what is stale
+has another name and is never run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from variator import machine
+from variator.engines.base import Backend, Engine, Feed
+from variator.engines.onnxruntime import OnnxRuntimeBackend
+from variator.engines.openvino import OpenVinoBackend
+from variator.errors import EngineError, InputError
+from variator.exporters.gate import compare, load_cases, make_feeds
+from variator.files import directory_written_whole, disk_errors, inside, sha256_of_json, write_atomically
+from variator.toolkit.bundle import GATE_FILE, Bundle, FileEntry, list_files
+
+ENGINE_FILE = "engine.json"
+ENGINE_FORMAT = 1
+BACKENDS: dict[str, Backend] = {"openvino": OpenVinoBackend(), "onnxruntime": OnnxRuntimeBackend()}
+"""By name, best default first."""
+
+PROBE_SHAPE = (8, 64)
+"""Batch and length of the timing that `auto` compares engines by."""
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What `engine.json` says.
+
+    Args:
+        precision: As read back from the built engine.
+        max_abs_error: By ratio, against PyTorch's fp32 outputs.
+        probe_ms: By ratio, median latency at `PROBE_SHAPE` when it was built; orders engines, is no benchmark.
+    """
+
+    backend: str
+    precision: str
+    key: str
+    version: str
+    cpu: str
+    max_abs_error: dict[str, float]
+    probe_ms: dict[str, float]
+    files: dict[str, FileEntry]
+    format: int = ENGINE_FORMAT
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine on disk that belongs to this bundle and this machine."""
+
+    directory: Path
+    record: EngineRecord
+
+    def verify(self) -> None:
+        """Hash its files.
+
+        Raises:
+            EngineError: If one is missing or has changed.
+        """
+        found = {name: entry for name, entry in list_files(self.directory).items() if name != ENGINE_FILE}
+        if found != self.record.files:
+            wrong = sorted(n for n in found.keys() | self.record.files.keys() if found.get(n) != self.record.files.get(n))
+            raise EngineError(
+                f"{self.directory / wrong[0]} is missing or has changed since it was built",
+                fix=f"variator build {self.directory.parent.parent} --engine {self.record.backend} "
+                f"--precision {self.record.precision} --rebuild",
+            )
+
+
+def resolve(engine: str, precision: str | None) -> tuple[Backend, str, str]:
+    """Choose a backend and a precision for this machine.
+
+    Returns:
+        The backend, the precision, and the reason for the choice.
+
+    Raises:
+        InputError: For an unknown name or a precision this machine cannot build.
+        EngineError: If the asked backend is not installed.
+    """
+    if engine != "auto" and engine not in BACKENDS:
+        raise InputError(f"unknown engine {engine!r}", valid=", ".join(["auto", *BACKENDS]))
+    reasons = []
+    for backend in BACKENDS.values() if engine == "auto" else [BACKENDS[engine]]:
+        missing = backend.missing()
+        if missing and engine != "auto":
+            raise EngineError(f"engine {engine} cannot be used: {missing}")
+        if missing or (engine == "auto" and precision and precision not in backend.precisions()):
+            reasons.append(missing or f"{backend.name} has no {precision} here")
+            continue
+        available = backend.precisions()
+        if precision and precision not in available:
+            raise InputError(f"{backend.name} cannot build {precision!r} on this machine", valid=", ".join(available))
+        why = "asked for" if precision else f"the fastest of {', '.join(available)} without int8's loss"
+        return backend, precision or available[0], "; ".join([*reasons, f"{backend.name}, precision {why}"])
+    raise InputError(f"no engine can build precision {precision!r} here: {'; '.join(reasons)}")
+
+
+def build_key(bundle: Bundle, backend: Backend, precision: str) -> str:
+    """Hash of everything an engine depends on."""
+    graphs = {name: entry.sha256 for name, entry in bundle.manifest.files.items() if name.endswith((".onnx", ".data"))}
+    parts = {
+        "format": ENGINE_FORMAT,
+        "backend": backend.name,
+        "version": importlib.metadata.version(backend.distribution),
+        "precision": precision,
+        "options": backend.options(precision),
+        "graphs": graphs,
+        "cpu": machine.cpu_features(),
+    }
+    return sha256_of_json(parts)[:16]
+
+
+def build(
+    bundle: Bundle | Path | str,
+    engine: str = "auto",
+    precision: str | None = None,
+    threads: int = 0,
+    rebuild: bool = False,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> BuiltEngine:
+    """Build an engine for all ratios of a bundle, or return the one that is there.
+
+    Args:
+        threads: For the gate and the probe; 0 means all cores.
+        rebuild: Build even if an unchanged engine is there.
+
+    Raises:
+        BundleError, EngineError, InputError: If the bundle is damaged or the engine not available.
+        GateError: If the engine's numbers differ from PyTorch's by more than its precision allows.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    backend, precision, reason = resolve(engine, precision)
+    on_stage(reason)
+    directory = bundle.path / "engines" / f"{backend.name}-{precision}-{build_key(bundle, backend, precision)}"
+    with disk_errors(directory):
+        directory.parent.mkdir(exist_ok=True)
+    # Two processes that build the same engine: the second waits and finds it done.
+    with FileLock(directory.parent / f".{backend.name}-{precision}.lock"):
+        if directory.exists() and not rebuild:
+            try:
+                found = BuiltEngine(directory, _read_record(directory))
+                found.verify()
+                on_stage(f"unchanged: {directory.name}")
+                return found
+            except EngineError as damage:
+                on_stage(f"building again: {damage.what}")
+        bundle.verify()
+        with directory_written_whole(directory, replace=True) as partial:
+            _build(bundle, backend, precision, directory.name, partial, threads or machine.cores(), on_stage)
+        _remove_stale(directory)
+    return BuiltEngine(directory, _read_record(directory))
+
+
+def _build(
+    bundle: Bundle, backend: Backend, precision: str, name: str, directory: Path, threads: int, on_stage: Callable[[str], None]
+) -> None:
+    on_stage(f"compiling {len(bundle.ratios)} ratios with {backend.name} in {precision}")
+    backend.compile(bundle, precision, directory)
+    cases = load_cases(inside(bundle.path, GATE_FILE))
+    probe = _probe_feed(bundle)
+    errors, probes = {}, {}
+    for ratio in bundle.ratios:
+        on_stage(f"checking ratio {ratio} against PyTorch")
+        engine = backend.load(bundle, precision, directory, ratio, threads)
+        if engine.precision != precision:
+            raise EngineError(f"{backend.name} built {engine.precision} where {precision} was asked for",
+                              valid=", ".join(backend.precisions()), fix=f"--precision {engine.precision}")
+        label = f"{backend.name} {precision} ratio {ratio}"
+        errors[str(ratio)] = compare(label, precision, cases, ratio, engine.run)
+        probes[str(ratio)] = _time(engine, probe)
+        engine.close()
+    record = EngineRecord(
+        backend.name, precision, name.rsplit("-", 1)[-1], importlib.metadata.version(backend.distribution),
+        machine.cpu_name(), errors, probes, list_files(directory),
+    )
+    write_atomically(directory / ENGINE_FILE, json.dumps(asdict(record), indent=1) + "\n")
+
+
+def _probe_feed(bundle: Bundle) -> Feed:
+    batch, length = PROBE_SHAPE
+    length = min(length, bundle.manifest.max_length)
+    feed = make_feeds(bundle.manifest.inputs, bundle.manifest.vocabulary, length)[-1]
+    whole = np.ones((batch, length), np.int64)
+    return {name: np.resize(values, whole.shape) if name == "input_ids" else whole * (name == "attention_mask")
+            for name, values in feed.items()}
+
+
+def _time(engine: Engine, feed: Feed, runs: int = 7) -> float:
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        engine.run(feed)
+        times.append((time.perf_counter() - started) * 1e3)
+    return round(statistics.median(times), 3)
+
+
+def _read_record(directory: Path) -> EngineRecord:
+    try:
+        data = json.loads((directory / ENGINE_FILE).read_text(encoding="utf-8"))
+        files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
+        record = EngineRecord(files=files, **data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{directory / ENGINE_FILE} is damaged: {error}", fix="variator build … --rebuild") from error
+    if record.format != ENGINE_FORMAT or record.key != directory.name.rsplit("-", 1)[-1]:
+        raise EngineError(f"{directory} does not hold the engine it is named for", fix="variator build … --rebuild")
+    return record
+
+
+def _remove_stale(directory: Path) -> None:
+    """Engines of the same kind under other keys: of an earlier export, library or machine, never to be run here."""
+    kind = directory.name.rsplit("-", 1)[0]
+    for other in directory.parent.glob(f"{kind}-*"):
+        if other != directory:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = None) -> tuple[BuiltEngine, str]:
+    """The built engine to serve with, and why it was picked.
+
+    `auto` takes the fastest by the probe among fp32 and bf16; int8 costs quality and is used only when asked for.
+
+    Raises:
+        EngineError: If none that is built fits; says how to build one.
+    """
+    if engine != "auto" and engine not in BACKENDS:
+        raise InputError(f"unknown engine {engine!r}", valid=", ".join(["auto", *BACKENDS]))
+    candidates, stale = [], []
+    for directory in sorted((bundle.path / "engines").glob("*-*-*")):
+        name, found, _ = directory.name.rsplit("-", 2)
+        wanted = engine in ("auto", name) and (precision == found or (precision is None and (found != "int8" or engine == name)))
+        if not wanted or name not in BACKENDS:
+            continue
+        if BACKENDS[name].missing() or directory.name.rsplit("-", 1)[-1] != build_key(bundle, BACKENDS[name], found):
+            stale.append(f"{name} {found}")
+            continue
+        candidates.append(BuiltEngine(directory, _read_record(directory)))
+    if not candidates:
+        asked = f"--engine {engine}" + (f" --precision {precision}" if precision else "")
+        what = f"the engines built for {bundle.path} ({', '.join(stale)}) are stale" if stale else \
+            f"no engine is built for {bundle.path} that fits {asked}"
+        raise EngineError(what, valid="an engine built on this machine, by this library version, from this export",
+                          fix=f"variator build {bundle.path} {asked}")
+    speed = {c.directory.name: statistics.fmean(c.record.probe_ms.values()) for c in candidates}
+    # An engine asked for by name prefers its lossless precisions too.
+    best = min(candidates, key=lambda c: (c.record.precision == "int8", speed[c.directory.name]))
+    others = ", ".join(
+        f"{c.record.backend} {c.record.precision} {speed[c.directory.name]:.1f} ms" for c in candidates if c is not best
+    )
+    return best, f"{best.record.backend} {best.record.precision}: " + (
+        f"fastest when built ({speed[best.directory.name]:.1f} ms; {others})" if others else "the only one that fits"
+    )
+
+
+def built_summary(bundle: Bundle) -> list[str]:
+    """One line per engine directory of a bundle: what it is and whether it can be run here."""
+    lines = []
+    for directory in sorted((bundle.path / "engines").glob("*-*-*")):
+        name, precision, key = directory.name.rsplit("-", 2)
+        if name in BACKENDS:
+            usable = not BACKENDS[name].missing() and key == build_key(bundle, BACKENDS[name], precision)
+            lines.append(f"{name} {precision}: {'built' if usable else 'stale'} ({directory.name})")
+    return lines
+
+
+def load_engine(bundle: Bundle, built: BuiltEngine, ratio: int, threads: int = 0) -> Engine:
+    """Load one ratio of a built engine.
+
+    Raises:
+        EngineError: If its precision is not what its record says.
+    """
+    backend = BACKENDS[built.record.backend]
+    engine = backend.load(bundle, built.record.precision, built.directory, ratio, threads or machine.cores())
+    if engine.precision != built.record.precision:
+        raise EngineError(f"{built.directory} runs in {engine.precision}, its record says {built.record.precision}",
+                          fix=f"variator build {bundle.path} --engine {backend.name} --rebuild")
+    return engine
+
+
+def verify_before_load(bundle: Bundle, built: BuiltEngine) -> None:
+    """Hash all that an engine will read: its own files, and the bundle's where it compiles from those."""
+    built.verify()
+    if not built.record.files:
+        bundle.verify(*(name for name in bundle.manifest.files if name.endswith((".onnx", ".data"))))

@@ -1,0 +1,222 @@
+"""ONNX Runtime on CPUs: fp32 and int8 (dynamic), every ratio's weights mapped from one common file.
+
+Sessions share nothing by themselves: each packs its matrices on the heap. So ONNX Runtime writes its optimised
+graphs with the packed matrices beside the weights, and `_merge` points the graphs of all ratios at one
+content-addressed file, which every session maps. On load ONNX Runtime packs again, looks for the result's hash
+among the entries of the graph, and on a hit drops its copy for the mapped one: a file made on another kind of
+CPU only loses the sharing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from variator import machine
+from variator.engines.base import Feed, Outputs
+from variator.errors import EngineError
+from variator.toolkit.bundle import Bundle
+from variator.toolkit.weights import INLINE_BYTES, WeightStore, check_external_data, external_tensors
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+WEIGHTS = "weights.data"
+SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
+"""Fusions that lose 10 to 18 % on CPUs: the fused kernels are slower than the operators they replace."""
+
+INT8_OPERATORS = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
+FLOAT_OPERATORS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
+
+_arena_lock = Lock()
+_arena_shared = False
+
+
+class OnnxRuntimeEngine:
+    """One session. All sessions of the process share one memory arena."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, precision: str) -> None:
+        self.precision = precision
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, feed: Feed) -> Outputs:
+        """See `Engine.run`."""
+        return dict(zip(self._outputs, self._session.run(None, dict(feed)), strict=True))
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self._session
+
+
+class OnnxRuntimeBackend:
+    """See `Backend`."""
+
+    name = "onnxruntime"
+    distribution = "onnxruntime"
+
+    def missing(self) -> str | None:
+        """See `Backend.missing`."""
+        return None  # a dependency of the package
+
+    def precisions(self) -> list[str]:
+        """See `Backend.precisions`."""
+        return ["fp32", "int8"]
+
+    def options(self, precision: str) -> dict[str, str]:
+        """See `Backend.options`."""
+        options = {"disabled": ",".join(SLOW_FUSIONS), "inline": str(INLINE_BYTES)}
+        if precision == "int8":
+            options["reduce_range"] = str(_reduce_range())
+        return options
+
+    def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
+        """See `Backend.compile`."""
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            graphs = []
+            for ratio in bundle.ratios:
+                source = bundle.graph(ratio)
+                check_external_data(source)
+                if precision == "int8":
+                    source = _quantise(source, Path(scratch) / f"int8-{ratio}.onnx")
+                graphs.append(_optimise(source, Path(scratch) / f"ratio-{ratio}.onnx"))
+            _merge(graphs, directory)
+
+    def load(self, bundle: Bundle, precision: str, directory: Path, ratio: int, threads: int) -> OnnxRuntimeEngine:
+        """See `Backend.load`."""
+        import onnxruntime
+
+        graph = directory / f"ratio-{ratio}.onnx"
+        check_external_data(graph)
+        found = read_precision(graph)
+        options = _options(threads)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build
+        options.enable_mem_pattern = False  # one block per shape: much memory, 0 to 6 % of speed at 8 x 128
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return OnnxRuntimeEngine(session, found)
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    """Options common to all sessions. A pool that does not spin costs nothing while another session runs;
+    the process-wide pool would be one pool, but cannot be kept from spinning through Python (5 times the CPU)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # it warns that an optimised graph belongs to this machine: the build key says so
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _share_arena() -> None:
+    """One arena for all sessions, instead of one per session as large as its largest batch."""
+    import onnxruntime
+
+    global _arena_shared
+    with _arena_lock:
+        if not _arena_shared:
+            memory = onnxruntime.OrtMemoryInfo(
+                "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+            )
+            onnxruntime.create_and_register_allocator(memory, None)
+            _arena_shared = True
+
+
+def _reduce_range() -> bool:
+    """Whether int8 products of this CPU saturate in 16 bits, so that weights must keep to 7 bits."""
+    return not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & set(machine.cpu_features())
+
+
+def _quantise(source: Path, target: Path) -> Path:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        source,
+        target,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        reduce_range=_reduce_range(),
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+    )
+    return target
+
+
+def _optimise(source: Path, target: Path) -> Path:
+    """Let ONNX Runtime write its optimised graph, with packed matrices, to `target` and `target`.data."""
+    import onnxruntime
+
+    options = _options(1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(target)
+    for key, value in {
+        "session.save_external_prepacked_constant_initializers": "1",
+        "session.optimized_model_external_initializers_file_name": f"{target.name}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(INLINE_BYTES),
+    }.items():
+        options.add_session_config_entry(key, value)
+    try:
+        onnxruntime.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(SLOW_FUSIONS)
+        )
+    except Exception as error:  # pybind gives each status its own class without a common base
+        raise EngineError(f"ONNX Runtime cannot build {source.name}: {error}", fix="export the bundle again") from error
+    return target
+
+
+def _merge(graphs: Sequence[Path], directory: Path) -> None:
+    """Copy optimised graphs into `directory` with all their data, packed or not, in one content-addressed file.
+
+    A packed entry has the key `prepacked_<n>` and the value `<kernel>+<hash>|<offset>;<length>;0|...`.
+    """
+    import onnx
+
+    store = WeightStore(directory)
+    for graph in graphs:
+        model = onnx.load(graph, load_external_data=False)
+        data = memoryview((graph.parent / f"{graph.name}.data").read_bytes())
+        for tensor, _ in external_tensors(model):
+            _move(tensor, data, store)
+        onnx.save(model, directory / graph.name)
+
+
+def _move(tensor: onnx.TensorProto, data: memoryview, store: WeightStore) -> None:
+    entries = {entry.key: entry for entry in tensor.external_data}
+    start, length = int(entries["offset"].value), int(entries["length"].value)
+    _, offset, _ = store.add(data[start : start + length], WEIGHTS)
+    entries["location"].value, entries["offset"].value = WEIGHTS, str(offset)
+    for entry in tensor.external_data:
+        if entry.key.startswith("prepacked"):
+            kernel, *blobs = entry.value.split("|")
+            moved = [kernel]
+            for start, length in (map(int, blob.split(";")[:2]) for blob in blobs):
+                _, offset, _ = store.add(data[start : start + length], WEIGHTS)
+                moved.append(f"{offset};{length};0")
+            entry.value = "|".join(moved)
+
+
+def read_precision(graph: Path) -> str:
+    """The precision of most weights that a graph multiplies with, read from its operators."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    sizes = {tensor.name: _elements(tensor) for tensor in model.graph.initializer}
+    weights = {"int8": 0, "fp32": 0}
+    for node in model.graph.node:
+        kind = "int8" if node.op_type in INT8_OPERATORS else "fp32" if node.op_type in FLOAT_OPERATORS else None
+        if kind:
+            weights[kind] += max((sizes.get(name, 0) for name in node.input), default=0)
+    return max(weights, key=lambda kind: weights[kind])
+
+
+def _elements(tensor: onnx.TensorProto) -> int:
+    count = 1
+    for dimension in tensor.dims:
+        count *= dimension
+    return count

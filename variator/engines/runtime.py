@@ -1,0 +1,254 @@
+"""The runtime: texts in, outputs out, at the ratio asked for.
+
+Tokenises, groups rows into length buckets, runs the engine of the ratio. Loads a ratio when it is first asked
+for. Safe to share between threads: requests compute one after another, each with all of the runtime's threads,
+so the ratios' sessions never compete (their pools sleep in between).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from variator.engines.base import Engine, Outputs
+from variator.engines.build import BuiltEngine, find_built, load_engine, verify_before_load
+from variator.errors import BundleError, EngineError, InputError
+from variator.exporters.gate import PER_TOKEN
+from variator.files import inside
+from variator.toolkit.bundle import Bundle
+
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Lengths that rows are padded to: few distinct shapes, little padding."""
+
+TOKENS_PER_RUN = 16384
+"""Largest rows x length of one engine call; longer requests run in parts."""
+
+Input = str | tuple[str, str] | Sequence[int]
+"""A text, a pair of texts, or token ids."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one request got.
+
+    Args:
+        outputs: By name, fp32, one row per input in the order given; token outputs are padded with 0.
+        lengths: Tokens per row.
+        precision: As read back from the engine.
+        queue_ms: Time the request waited for others.
+        compute_ms: Time in the engine.
+    """
+
+    outputs: Outputs
+    lengths: list[int]
+    ratio: int
+    engine: str
+    precision: str
+    tokenise_ms: float
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised input."""
+
+    ids: Sequence[int]
+    types: Sequence[int]
+
+
+class Runtime:
+    """An opened bundle; use it as a context manager. Made by `Runtime.open`."""
+
+    def __init__(self, bundle: Bundle, built: BuiltEngine, reason: str, threads: int) -> None:
+        from tokenizers import Tokenizer
+
+        self.bundle = bundle
+        self.picked = reason
+        """Which engine was picked, and why."""
+        self._built = built
+        self._threads = threads
+        self._engines: dict[int, Engine] = {}
+        self._load_lock, self._compute_lock, self._verified, self._closed = Lock(), Lock(), False, False
+        path = inside(bundle.path, "tokenizer.json")
+        bundle.verify("tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise BundleError(f"cannot read {path}: {error}", fix="export again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @staticmethod
+    def open(
+        bundle: Path | str | Bundle, engine: str = "auto", precision: str | None = None, threads: int = 0
+    ) -> Runtime:
+        """Open a bundle with an engine that was built for it on this machine.
+
+        Args:
+            engine: `auto`, `onnxruntime` or `openvino`.
+            precision: None takes the fastest without int8's loss.
+            threads: 0 means all cores.
+
+        Raises:
+            BundleError: If the bundle is damaged.
+            EngineError: If no fitting engine is built, or it is stale or damaged.
+        """
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        built, reason = find_built(bundle, engine, precision)
+        return Runtime(bundle, built, reason, threads)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the running request and give all memory back."""
+        with self._load_lock, self._compute_lock:
+            self._closed = True
+            while self._engines:
+                self._engines.popitem()[1].close()
+
+    @property
+    def engine(self) -> str:
+        """Name of the backend."""
+        return self._built.record.backend
+
+    @property
+    def loaded(self) -> list[int]:
+        """Ratios that have been asked for so far."""
+        return sorted(self._engines)
+
+    def infer(self, inputs: Sequence[Input], *, ratio: int, truncate: bool = False) -> Result:
+        """Run a request.
+
+        Args:
+            inputs: Texts, pairs of texts, or lists of token ids; at least one.
+            ratio: One that the bundle holds; 1 is the uncompressed backbone.
+            truncate: Cut what is longer than the model's limit instead of refusing it.
+
+        Raises:
+            InputError: For an empty request or row, a row that is too long, ids outside the vocabulary, or a
+                ratio that the bundle does not hold.
+        """
+        self.bundle.ratio(ratio)
+        started = time.perf_counter()
+        rows = self.tokenise(inputs, truncate)
+        tokenised = time.perf_counter()
+        engine = self._engine(ratio)
+        with self._compute_lock:
+            if self._closed:
+                raise EngineError("the runtime is closed", fix="use it inside its `with` block")
+            computing = time.perf_counter()
+            outputs = self._run(engine, rows)
+            done = time.perf_counter()
+        return Result(
+            outputs, [len(row.ids) for row in rows], ratio, self.engine, engine.precision,
+            (tokenised - started) * 1e3, (computing - tokenised) * 1e3, (done - computing) * 1e3,
+        )
+
+    def tokenise(self, inputs: Sequence[Input], truncate: bool = False) -> list[Row]:
+        """Check inputs and turn them into token ids. Errors as `infer`."""
+        if isinstance(inputs, str):
+            raise InputError("the request is a text, not a list of texts", fix=f"[{inputs[:20]!r}]")
+        if len(inputs) == 0:
+            raise InputError("the request is empty", valid="at least one text or list of token ids")
+        rows = [self._tokenise_one(index, value, truncate) for index, value in enumerate(inputs)]
+        limit = self.bundle.manifest.max_length
+        for index, row in enumerate(rows):
+            if len(row.ids) > limit:
+                raise InputError(f"input {index} has {len(row.ids)} tokens", valid=f"1 to {limit}, the model's limit",
+                                 fix="shorten it, or pass truncate=True (--truncate)")
+        return rows
+
+    def _tokenise_one(self, index: int, value: Input, truncate: bool) -> Row:
+        limit = self.bundle.manifest.max_length
+        texts = (value,) if isinstance(value, str) else value
+        if isinstance(texts, tuple) and all(isinstance(text, str) for text in texts) and 1 <= len(texts) <= 2:
+            if not all(text.strip() for text in texts):
+                raise InputError(f"input {index} is an empty text", valid="a text with at least one character")
+            encoding = self._tokenizer.encode(*texts)
+            if truncate and len(encoding.ids) > limit:
+                encoding = self._truncated(texts, limit)
+            return Row(encoding.ids, encoding.type_ids)
+        ids = [int(i) for i in value if isinstance(i, int | np.integer) and not isinstance(i, bool)]
+        if len(ids) != len(value) or not ids:
+            raise InputError(f"input {index} is neither a text nor a list of token ids", valid="str, (str, str) or ints")
+        outside = [i for i in ids if not 0 <= i < self.bundle.manifest.vocabulary]
+        if outside:
+            raise InputError(f"input {index} holds token id {outside[0]}", valid=f"0 to {self.bundle.manifest.vocabulary - 1}")
+        ids = ids[:limit] if truncate else ids
+        return Row(ids, [0] * len(ids))
+
+    def _truncated(self, texts: tuple[Any, ...], limit: int) -> Any:
+        """Cut to the limit the tokenizer's way, which keeps special tokens."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.enable_truncation(limit)
+        return tokenizer.encode(*texts)
+
+    def _engine(self, ratio: int) -> Engine:
+        with self._load_lock:
+            if self._closed:
+                raise EngineError("the runtime is closed", fix="use it inside its `with` block")
+            if not self._verified:
+                verify_before_load(self.bundle, self._built)
+                self._verified = True
+            if ratio not in self._engines:
+                self._engines[ratio] = load_engine(self.bundle, self._built, ratio, self._threads)
+            return self._engines[ratio]
+
+    def _run(self, engine: Engine, rows: Sequence[Row]) -> Outputs:
+        outputs: Outputs = {}
+        longest = max(len(row.ids) for row in rows)
+        for length, indices in _buckets(rows, self.bundle.manifest.max_length):
+            for start in range(0, len(indices), max(1, TOKENS_PER_RUN // length)):
+                part = indices[start : start + max(1, TOKENS_PER_RUN // length)]
+                for name, values in engine.run(self.feed([rows[i] for i in part], length)).items():
+                    _place(outputs, name, values, part, len(rows), longest)
+        return outputs
+
+    def feed(self, rows: Sequence[Row], length: int) -> dict[str, npt.NDArray[np.int64]]:
+        """The engine's inputs for tokenised rows, padded on the right to `length`: int64 [rows, length] each."""
+        feed = {name: np.zeros((len(rows), length), np.int64) for name in self.bundle.manifest.inputs}
+        for index, row in enumerate(rows):
+            feed["input_ids"][index, : len(row.ids)] = row.ids
+            feed["attention_mask"][index, : len(row.ids)] = 1
+            if "token_type_ids" in feed:
+                feed["token_type_ids"][index, : len(row.ids)] = row.types
+        return feed
+
+
+def _buckets(rows: Sequence[Row], limit: int) -> list[tuple[int, list[int]]]:
+    """Rows by the bucket that holds them: (length, indices), shortest first."""
+    found: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        length = min(next((b for b in BUCKETS if b >= len(row.ids)), limit), limit)
+        found.setdefault(max(length, len(row.ids)), []).append(index)
+    return sorted(found.items())
+
+
+def _place(
+    outputs: Outputs, name: str, values: npt.NDArray[np.float32], indices: Sequence[int], rows: int, longest: int
+) -> None:
+    """Copy a part's values into the request's, rows in the order given, token outputs cut or padded to the longest."""
+    per_token = name in PER_TOKEN
+    if name not in outputs:
+        shape = (longest, *values.shape[2:]) if per_token else values.shape[1:]
+        outputs[name] = np.zeros((rows, *shape), np.float32)
+    if per_token:
+        values = values[:, :longest]
+        outputs[name][indices, : values.shape[1]] = values
+    else:
+        outputs[name][indices] = values
