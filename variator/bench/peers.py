@@ -1,0 +1,128 @@
+"""Peers: the same checkpoint at ratio 1 through the plain library path, without us.
+
+What a user would run otherwise: PyTorch (sentence-transformers or transformers), ONNX Runtime fp32 with its own
+transformer optimiser, and ONNX Runtime int8 from its own dynamic quantiser.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from variator import machine
+from variator.engines.base import Feed, Outputs
+from variator.files import directory_written_whole, sha256_of_json
+from variator.toolkit.checkpoint import Backbone
+
+OPTIMISER_TYPES = {"bert": "bert", "roberta": "bert", "distilbert": "bert", "electra": "bert"}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's way to run ratio 1. `run` takes what an engine takes."""
+
+    name: str
+    precision: str
+    run: Callable[[Feed], Outputs]
+
+
+class Plain(nn.Module):
+    """transformers' own model with the task's head, as a user would export it."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.original = backbone.original
+        self.head = backbone.model.head if backbone.task in ("embed", "hidden") else None
+        self.outputs = backbone.outputs
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> tuple[Any, ...]:
+        """int64 [batch, S] each -> the task's outputs."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        result = self.original(input_ids=input_ids, attention_mask=attention_mask, **types)
+        if self.head is None:
+            return tuple(getattr(result, name) for name in self.outputs)
+        outputs: tuple[Any, ...] = self.head(result.last_hidden_state, attention_mask.to(result.last_hidden_state.dtype))
+        return outputs
+
+
+def load_peers(backbone: Backbone, cache: Path, threads: int, on_stage: Callable[[str], None]) -> list[Peer]:
+    """The three peers; the ONNX ones are exported once into `cache`.
+
+    Args:
+        cache: A directory to keep the peers' graphs in, beside the bundle's engines.
+        threads: For each peer.
+    """
+    packages = ("torch", "transformers", "onnxruntime")
+    key = sha256_of_json([backbone.fingerprint, backbone.task, [importlib.metadata.version(p) for p in packages]])[:16]
+    directory = cache / f"peer-{key}"
+    if not directory.exists():
+        on_stage("exporting the peers (stock ONNX Runtime fp32 and int8)")
+        with directory_written_whole(directory) as partial:
+            _export_stock(backbone, partial)
+    torch.set_num_threads(threads)
+    library = "sentence-transformers" if backbone.task == "embed" else "transformers"
+    return [
+        Peer(f"torch-{library}", "fp32", _torch_runner(backbone)),
+        Peer("onnxruntime-stock", "fp32", _onnx_runner(directory / "fp32.onnx", threads)),
+        Peer("onnxruntime-stock", "int8", _onnx_runner(directory / "int8.onnx", threads)),
+    ]
+
+
+def _torch_runner(backbone: Backbone) -> Callable[[Feed], Outputs]:
+    model = Plain(backbone).eval()
+
+    def run(feed: Feed) -> Outputs:
+        with torch.inference_mode():
+            results = model(**{name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in feed.items()})
+        return {name: result.numpy() for name, result in zip(backbone.outputs, results, strict=True)}
+
+    return run
+
+
+def _export_stock(backbone: Backbone, directory: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers import optimizer
+
+    from variator.exporters.graph import quiet_exporter
+
+    example = torch.ones(2, 12, dtype=torch.int64)
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    with torch.no_grad(), quiet_exporter():
+        program = torch.onnx.export(
+            Plain(backbone).eval(),
+            tuple(example.clone() for _ in backbone.inputs),
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(backbone.inputs, dynamic),
+            input_names=list(backbone.inputs),
+            output_names=list(backbone.outputs),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(directory / "plain.onnx", external_data=True)
+        model = optimizer.optimize_model(
+            str(directory / "plain.onnx"), OPTIMISER_TYPES[backbone.family], num_heads=backbone.config.heads,
+            hidden_size=backbone.config.hidden_size, opt_level=0, only_onnxruntime=False,
+        )
+        model.save_model_to_file(str(directory / "fp32.onnx"), use_external_data_format=True)
+        quantize_dynamic(directory / "fp32.onnx", directory / "int8.onnx", weight_type=QuantType.QInt8,
+                         use_external_data_format=True)
+    for path in directory.glob("plain.onnx*"):
+        path.unlink()
+
+
+def _onnx_runner(graph: Path, threads: int) -> Callable[[Feed], Outputs]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or machine.cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda feed: dict(zip(names, session.run(None, dict(feed)), strict=True))

@@ -1,0 +1,174 @@
+"""The record of one benchmark, schema `variator.bench/1`: what every table, plot and README figure is printed from.
+
+Written by `bench.run`, read by `bench.table` and `bench.report`. Times are in ms, sizes in bytes, FLOPs are
+2 x multiply-accumulates per forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from variator.errors import InputError
+
+SCHEMA = "variator.bench/1"
+PEER = "peer:"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the figures were measured."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    features: list[str]
+    system: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was measured: a toy (random weights) or a real model is never left open."""
+
+    id: str
+    family: str
+    task: str
+    hidden_size: int
+    layers: int
+    parameters: int
+    real: bool
+    bundle: str
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One ratio's plugin. `untrained` marks speed-only work: its quality means nothing."""
+
+    ratio: int
+    rank: int
+    activation: str
+    parameters: int
+    share: float
+    untrained: bool
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass at one shape, counted from the exported graph."""
+
+    ratio: int
+    batch: int
+    sequence: int
+    attention: int
+    ffn: int
+    plugin: int
+    head: int
+    total: int
+    saved: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Latency of one engine at one ratio and shape.
+
+    Args:
+        engine: `onnxruntime`, `openvino`, ... or `peer:<name>` for software without us.
+        precision: As read back from the built engine.
+        speedup: Over ratio 1 of the same engine and precision (a peer: over itself, 1.0).
+        spread: (p90 - p10) / p50 of the timed runs.
+        stable: Whether the spread and the drift between the halves of the run were small.
+        efficiency: Measured speed-up / FLOPs-ideal speed-up.
+        throughput_per_s: Sequences per second at p50.
+    """
+
+    engine: str
+    precision: str
+    ratio: int
+    batch: int
+    sequence: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    runs: int
+    spread: float
+    stable: bool
+    speedup: float
+    flops: int
+    flops_saved: float
+    efficiency: float
+    throughput_per_s: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One score: `reference` is the score of the uncompressed fp32 backbone in PyTorch on the same data."""
+
+    ratio: int
+    engine: str
+    precision: str
+    metric: str
+    split: str
+    value: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Proportional set size added by holding these ratios resident in one process, over the empty process."""
+
+    engine: str
+    precision: str
+    ratios: list[int]
+    pss_bytes: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything one `variator bench` measured."""
+
+    machine: Machine
+    model: Model
+    command: str
+    versions: dict[str, str]
+    plugins: list[Plugin]
+    flops: list[Flops]
+    results: list[Result]
+    quality: list[Quality]
+    memory: list[Memory]
+    disk: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+    schema: str = SCHEMA
+
+    def to_json(self) -> str:
+        """The record as JSON text, keys sorted as declared."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Record:
+        """Read a record back.
+
+        Raises:
+            InputError: If the text is not a record of this schema.
+        """
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise InputError(f"record of schema {data['schema']!r}", valid=SCHEMA, fix="run `variator bench` again")
+            parts = {"plugins": Plugin, "flops": Flops, "results": Result, "quality": Quality, "memory": Memory}
+            lists = {name: [kind(**row) for row in data[name]] for name, kind in parts.items()}
+            return Record(
+                machine=Machine(**data["machine"]), model=Model(**data["model"]), command=data["command"],
+                versions=data["versions"], disk=data["disk"], notes=data["notes"], **lists,
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"not a benchmark record: {error}", valid=f"JSON of schema {SCHEMA}") from error
+
+    @staticmethod
+    def load(path: Path) -> Record:
+        """Read a record from a file."""
+        return Record.from_json(path.read_text(encoding="utf-8"))

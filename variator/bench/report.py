@@ -1,0 +1,514 @@
+"""The HTML report of a benchmark record: one file, no external requests, readable in light and dark and on a phone.
+
+`write` is called by `variator bench --html`. The plots are inline SVG drawn by matplotlib (imported only here, and
+only when a report is written); the tables are those of `bench.table`. Nothing is stated that is not computed from the
+record.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from variator.bench import table
+from variator.bench.record import PEER, Record, Result
+from variator.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TOLERATED_DROP = 0.02
+WIDE, NARROW = (9.4, 4.6), (5.0, 3.7)
+MOST_FILES = 10
+LONGEST_LABEL = 38
+
+# Placeholders that become CSS variables, so that one drawing follows the reader's light or dark scheme.
+INK, MUTED, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
+# Mid-tones: at least 3:1 on white and on the dark background.
+SERIES = ("#3a82c8", "#cf7426", "#2c9a72", "#a06ac6", "#cc5562", "#8a7d4f", "#3796a6", "#7c8591")
+MARKERS = "osD^vPX*"
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration in the quality-speed plane; more is better on both axes."""
+
+    throughput: float
+    quality: float
+    label: str
+    peer: bool = False
+    stable: bool = True
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A titled group of drawings, each a complete SVG element."""
+
+    title: str
+    note: str
+    drawings: list[str]
+    wide: bool = False
+
+
+def write(record: Record, path: Path) -> None:
+    """Write the report beside `path` and rename it into place.
+
+    Raises:
+        VariatorError: If the file cannot be written; an older report is kept.
+    """
+    write_atomically(path, html(record))
+
+
+def html(record: Record) -> str:
+    """The whole page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE).render(
+        record=record, header=table.header(record), finding=finding(record), caveats=caveats(record),
+        plots=plots(record), grids=table.grids(record), absent=table.not_measured(record), clean=table.clean,
+    )
+
+
+# What the record says -------------------------------------------------------------------------------------------------
+
+
+def finding(record: Record) -> str:
+    """The main finding in a sentence or two: our best configuration at the largest shape against the fastest peer."""
+    if not record.results:
+        return "The record holds no latency."
+    shape = table.largest(table.shapes(record))
+    best = headline(record, shape)
+    if best is None:
+        return f"Only peers were measured at {table.tokens(shape)}."
+    peer = table.peer_to_beat(record, shape)
+    ours = f"At {table.tokens(shape)} tokens, ratio {best.ratio} in {_series(best)}"
+    if peer:
+        factor = table.times(best.throughput_per_s / peer.throughput_per_s if peer.throughput_per_s else float("nan"))
+        text = f"{ours} answers {factor} as many sequences per second as the fastest peer, {_series(peer)}"
+    else:
+        text = f"{ours} runs {table.times(best.speedup)} as fast as ratio 1 of the same engine (no peer was measured)"
+    if not (best.stable and (peer is None or peer.stable)):
+        text += "; these timings are unstable"
+    return f"{text}. {_cost(record, best, peer)}"
+
+
+def headline(record: Record, shape: table.Shape) -> Result | None:
+    """Our fastest compressed row that loses at most 2 % of the main score; failing that our fastest, stable ones first.
+    """
+
+    def merit(row: Result) -> tuple[bool, bool, bool, float]:
+        return row.ratio > 1, _tolerable(record, row), row.stable, row.throughput_per_s
+
+    return max((row for row in table.at(record, shape) if not table.is_peer(row)), key=merit, default=None)
+
+
+def caveats(record: Record) -> list[str]:
+    """What a reader must know before believing a figure."""
+    found = []
+    if table.untrained_ratios(record):
+        ratios = ", ".join(map(str, sorted(table.untrained_ratios(record))))
+        found.append(f"{table.UNTRAINED}. Scores at ratio {ratios} mean nothing.")
+    if not record.model.real:
+        found.append("Toy model with random weights: only the timings and FLOPs mean anything.")
+    shaky = sum(not row.stable for row in record.results)
+    if shaky:
+        total = table.count(len(record.results), "timing")
+        found.append(f"{shaky} of {total} unstable: marked in the tables, drawn hollow in the plots.")
+    return found
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """The points that no other point beats in throughput and quality at once, slowest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (-point.throughput, -point.quality)):
+        if not front or point.quality > front[-1].quality:
+            front.append(point)
+    return front[::-1]
+
+
+def quality_points(record: Record) -> list[Point]:
+    """Scores of the main metric joined with the results of the largest shape."""
+    scores, doubtful = table.main_quality(record), table.untrained_ratios(record)
+    rows = table.at(record, table.largest(table.shapes(record))) if record.results else []
+    return [
+        Point(row.throughput_per_s, scores[table.key(row)].value,
+              _series(row) + f" k={row.ratio}" * (not table.is_peer(row)) + " (untrained)" * (row.ratio in doubtful),
+              table.is_peer(row), row.stable)
+        for row in rows
+        if table.key(row) in scores and math.isfinite(row.throughput_per_s * scores[table.key(row)].value)
+    ]
+
+
+def _tolerable(record: Record, row: Result) -> bool:
+    score = table.main_quality(record).get(table.key(row))
+    trained = row.ratio not in table.untrained_ratios(record)
+    return score is not None and trained and table.relative_drop(score) <= TOLERATED_DROP
+
+
+def _cost(record: Record, best: Result, peer: Result | None) -> str:
+    scores = table.main_quality(record)
+    score = scores.get(table.key(best))
+    if best.ratio in table.untrained_ratios(record):
+        return "Its plugin is untrained, so nothing can be said about its quality."
+    if score is None:
+        return "Its quality was not measured."
+    drop = table.relative_drop(score)
+    change = f"{'costs' if drop >= 0 else 'gains'} {table.percent(abs(drop))} of" if math.isfinite(drop) else "has"
+    values = f"{table.decimal(score.value, 4)} against {table.decimal(score.reference, 4)}, {table.clean(score.split)}"
+    if peer and table.key(peer) in scores:
+        values += f"; the peer has {table.decimal(scores[table.key(peer)].value, 4)}"
+    text = f"It {change} the {table.clean(score.metric)} score ({values})."
+    if best.ratio > 1 and best.stable and _tolerable(record, best):
+        limit = table.percent(TOLERATED_DROP, 0)
+        text += f" It is the fastest compressed configuration with a stable timing and a loss of at most {limit}."
+    return text
+
+
+def _series(row: Result) -> str:
+    return table.clean(f"{row.engine.removeprefix(PEER)} {row.precision}")
+
+
+# Plots ----------------------------------------------------------------------------------------------------------------
+
+
+def plots(record: Record) -> list[Plot]:
+    """Every plot that the record has data for."""
+    import matplotlib
+
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": "variator",  # ids must not change from run to run
+        "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
+        "axes.edgecolor": LINE, "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED, "grid.color": LINE, "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.grid": True,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9,
+        "axes.titlesize": 10, "axes.titlelocation": "left", "lines.markersize": 6.5,
+    }
+    with matplotlib.rc_context(settings):
+        painters = (_quality_plot, _speedup_plot, _flops_plot, _length_plot, _size_plot)
+        return [plot for painter in painters if (plot := painter(record))]
+
+
+def _draw(size: tuple[float, float], title: str, paint: Callable[[Axes], None]) -> str:
+    """One SVG element; `title` is what a screen reader says, and keeps the ids of several drawings apart."""
+    from markupsafe import escape
+    from matplotlib.figure import Figure
+
+    figure: Figure = Figure(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    paint(axes)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    needless = r'<metadata>.*?</metadata>|<!--.*?-->|\sxmlns(:\w+)?="[^"]*"'  # an HTML parser knows the namespaces
+    text = re.sub(needless, "", text[text.index("<svg"):], flags=re.DOTALL)
+    slug = re.sub(r"[^a-z0-9]+", "-", title.lower())
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{slug}-", text)
+    for placeholder, variable in VARIABLES.items():
+        text = text.replace(placeholder, variable)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+
+
+def _speedup_plot(record: Record) -> Plot | None:
+    rows = [row for row in record.results if not table.is_peer(row)]
+    if not any(row.ratio > 1 for row in rows):
+        return None
+    shape = table.largest((row.batch, row.sequence) for row in rows)
+
+    def paint(axes: Axes) -> None:
+        most = min(0.95, max(row.flops_saved for row in rows) + 0.04)
+        steps = [most * step / 60 for step in range(61)]
+        axes.plot(steps, [1 / (1 - saved) for saved in steps], color=INK, linestyle="--", linewidth=1.2, label="ideal")
+        main = [row for row in rows if (row.batch, row.sequence) == shape]
+        ideal = {row.ratio: row.flops_saved for row in main if row.ratio > 1 and row.flops_saved < 1}
+        for ratio, saved in ideal.items():
+            axes.annotate(f"k={ratio}", (saved, 1 / (1 - saved)), (-4, 5), textcoords="offset points", ha="right",
+                          fontsize=9, color=MUTED)
+        for index, (label, group) in enumerate(_by_series(rows).items()):
+            others = [row for row in group if row not in main]
+            axes.scatter([row.flops_saved for row in others], [row.speedup for row in others], s=12, alpha=0.45,
+                         color=SERIES[index % len(SERIES)], marker=MARKERS[index % len(MARKERS)], linewidth=0)
+            line = sorted((row for row in group if row in main), key=lambda row: row.flops_saved)
+            _curve(axes, line, [row.flops_saved for row in line], [row.speedup for row in line], index, _short(label))
+        axes.set(xlabel="FLOPs saved", ylabel="speed-up over ratio 1")
+        axes.xaxis.set_major_formatter(_percent_tick)
+        axes.legend(loc="upper left")
+
+    note = f"Lines: {table.tokens(shape)} tokens; small marks: other shapes. Ideal: 1 / (1 - FLOPs saved)."
+    return Plot("Speed-up against FLOPs saved", note, [_draw(NARROW, "Speed-up against FLOPs saved", paint)])
+
+
+def _length_plot(record: Record) -> Plot | None:
+    drawings = []
+    for label, rows in _by_series(row for row in record.results if not table.is_peer(row)).items():
+        lengths: dict[int, set[int]] = {}
+        for row in rows:
+            lengths.setdefault(row.batch, set()).add(row.sequence)
+        batch = max(lengths, key=lambda size: (len(lengths[size]), size))
+        if len(lengths[batch]) > 1:
+            same = [row for row in rows if row.batch == batch]
+            drawings.append(_length_panel(record, f"{label}, batch {batch}", same))
+    return Plot("Latency against sequence length", "Both axes are logarithmic.", drawings, True) if drawings else None
+
+
+def _length_panel(record: Record, title: str, rows: list[Result]) -> str:
+    from matplotlib.ticker import LogLocator
+
+    lengths = sorted({row.sequence for row in rows})
+
+    def paint(axes: Axes) -> None:
+        peers = [peer for length in lengths if (peer := table.peer_to_beat(record, (rows[0].batch, length)))]
+        if peers:
+            axes.plot([row.sequence for row in peers], [row.p50_ms for row in peers], color=MUTED, linestyle="--",
+                      linewidth=1.2, label="fastest peer")
+        for index, ratio in enumerate(sorted({row.ratio for row in rows})):
+            line = sorted((row for row in rows if row.ratio == ratio), key=lambda row: row.sequence)
+            _curve(axes, line, [row.sequence for row in line], [row.p50_ms for row in line], index, f"k={ratio}")
+        axes.set(xscale="log", yscale="log", xlabel="tokens per sequence", ylabel="p50, ms", title=_short(title))
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
+        axes.legend(loc="upper left")
+
+    return _draw(NARROW, f"Latency against sequence length: {title}", paint)
+
+
+def _quality_plot(record: Record) -> Plot | None:
+    points = quality_points(record)
+    if not points:
+        return None
+    score = next(iter(table.main_quality(record).values()))
+    shape = table.tokens(table.largest(table.shapes(record)))
+
+    def paint(axes: Axes) -> None:
+        front = pareto(points)
+        axes.plot([point.throughput for point in front], [point.quality for point in front], drawstyle="steps-pre",
+                  color=SERIES[2], linewidth=1.6, label="Pareto front", zorder=2)
+        for peer, colour, marker, label in ((False, SERIES[0], "o", "variator"), (True, SERIES[1], "D", "peer")):
+            group = [point for point in points if point.peer == peer]
+            if group:
+                axes.scatter([point.throughput for point in group], [point.quality for point in group], s=36,
+                             marker=marker, edgecolor=colour, linewidth=1.3, label=label, zorder=3,
+                             color=[colour if point.stable else PAPER for point in group])
+        axes.set_xlabel(f"sequences per second at {shape} tokens")
+        axes.set_ylabel(_short(table.clean(f"{score.metric}, {score.split}")))
+        axes.margins(0.1, 0.14)
+        axes.legend(loc="upper right", ncols=3, bbox_to_anchor=(1, 1.1))
+        _label(axes, points, front)
+
+    title = table.marked(record, f"Quality against speed ({table.clean(score.metric)})")
+    note = "Up and to the right is better. The step line joins the configurations that no other one beats in both."
+    return Plot(title, note, [_draw(WIDE, title, paint)], True)
+
+
+def _label(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """Write each point's label where it covers least of the other labels, the points and the front."""
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    window, unit = axes.get_window_extent(), float(axes.figure.dpi) / 72
+    centres = axes.transData.transform([(point.throughput, point.quality) for point in points])
+    corners = axes.transData.transform([(point.throughput, point.quality) for point in front])
+    taken: list[Box] = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in centres]
+    for (left, high), (right, low) in itertools.pairwise(corners):
+        taken += [(left, low, left, high), (left, low, right, low)]
+
+    def cost(box: Box) -> float:
+        hits = [box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken]
+        outside = box[0] < window.x0 or box[2] > window.x1 or box[1] < window.y0 or box[3] > window.y1
+        return float(sum(hits) + 3 * bool(outside))
+
+    for point, (x, y) in zip(points, centres, strict=True):
+        label = _short(point.label)
+        width, height = 4.9 * len(label) * unit, 9 * unit
+        sides = [(side, up) for up in (0, 1, -1, 2, -2) for side in (0, -1, -0.5)]
+        boxes = [(left, low, left + width, low + height) for side, up in sides
+                 for left, low in [(x + side * width + (7 + 14 * side) * unit, y + up * 11 * unit - height / 2)]]
+        best = min(boxes, key=cost)
+        taken.append(best)
+        offset = (best[0] - x) / unit, (best[1] - y) / unit + 1.5
+        axes.annotate(label, (point.throughput, point.quality), offset, textcoords="offset points", fontsize=8.5,
+                      color=MUTED)
+
+
+def _flops_plot(record: Record) -> Plot | None:
+    if not record.flops:
+        return None
+    shape = table.largest((row.batch, row.sequence) for row in record.flops)
+    rows = sorted((row for row in record.flops if (row.batch, row.sequence) == shape), key=lambda row: -row.ratio)
+    parts = ("attention", "ffn", "plugin", "head")
+
+    def paint(axes: Axes) -> None:
+        whole = max(row.total for row in rows) or 1
+        left = [0.0] * len(rows)
+        for index, part in enumerate(parts):
+            widths = [getattr(row, part) / whole for row in rows]
+            label = {"ffn": "FFN"}.get(part, part)
+            axes.barh([f"k={row.ratio}" for row in rows], widths, 0.62, left, color=SERIES[index], label=label)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for position, row in enumerate(rows):
+            text = f"{table.percent(row.saved, 0)} saved" if row.saved else ""
+            axes.annotate(text, (left[position], position), (5, 0), textcoords="offset points", va="center", fontsize=9,
+                          color=MUTED)
+        axes.set(xlabel="share of the largest total", xlim=(0, 1.02))
+        axes.xaxis.set_major_formatter(_percent_tick)
+        axes.grid(False, axis="y")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, handlelength=1, columnspacing=1.2)
+
+    note = f"{table.tokens(shape)} tokens, counted from the exported graphs."
+    return Plot("Where the FLOPs go", note, [_draw(NARROW, "FLOPs per ratio", paint)])
+
+
+def _size_plot(record: Record) -> Plot | None:
+    drawings = []
+    held = table.footprints(record)
+    further = [(f"{row.engine} {row.precision}", row.further) for row in held if row.further is not None]
+    if further:
+        drawings.append(_bars("Memory per further ratio", further))
+    if record.disk:
+        files: list[tuple[str, float]] = sorted(record.disk.items(), key=lambda item: -item[1])
+        rest = files[MOST_FILES:]
+        if rest:
+            files[MOST_FILES:] = [(table.count(len(rest), "further file"), sum(number for _, number in rest))]
+        drawings.append(_bars("Disk", files))
+    return Plot("Memory and disk", "Memory is proportional set size.", drawings, True) if drawings else None
+
+
+def _bars(title: str, values: Sequence[tuple[str, float]]) -> str:
+    def paint(axes: Axes) -> None:
+        axes.barh(range(len(values)), [number / 1e6 for _, number in values], 0.62, color=SERIES[0])
+        for position, (_, number) in enumerate(values):
+            axes.annotate(table.size(number), (max(number, 0) / 1e6, position), (5, 0), va="center",
+                          textcoords="offset points", fontsize=9, color=MUTED)
+        axes.set(xlabel="MB", title=title)
+        axes.set_yticks(range(len(values)), [_short(table.clean(label)) for label, _ in values])
+        axes.invert_yaxis()
+        axes.margins(x=0.18)
+        axes.grid(False, axis="y")
+
+    return _draw((NARROW[0], 1.3 + 0.34 * len(values)), title, paint)
+
+
+def _curve(axes: Axes, rows: Sequence[Result], x: Sequence[float], y: Sequence[float], index: int, label: str) -> None:
+    """A line with markers; the markers of unstable rows are hollow."""
+    colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+    axes.plot(x, y, color=colour, marker=marker, linewidth=1.4, label=label)
+    shaky = [position for position, row in enumerate(rows) if not row.stable]
+    axes.plot([x[position] for position in shaky], [y[position] for position in shaky], color=colour, marker=marker,
+              linestyle="none", markerfacecolor=PAPER)
+
+
+def _by_series(rows: Iterable[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for row in rows:
+        groups.setdefault(_series(row), []).append(row)
+    return groups
+
+
+def _short(text: str) -> str:
+    """A label that leaves room for the drawing."""
+    return text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL - 11]}\N{HORIZONTAL ELLIPSIS}{text[-10:]}"
+
+
+def _percent_tick(value: float, _: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ clean(record.model.id) }}: variator benchmark</title>
+<style>
+:root { --paper: #fff; --ink: #1d2329; --muted: #5c6670; --line: #d8dde2; --accent: #2c6fae; --warn: #9a5b00;
+  --tint: #fdf4e3 }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15181c; --ink: #e3e7eb; --muted: #9da7b1; --line: #343b43; --accent: #6aabe6; --warn: #e0ac55;
+    --tint: #2b2417 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 66rem; padding: 2.2rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
+h1 { font-size: 1.45rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere }
+h2 { font-size: 1.05rem; margin: 2.4rem 0 .5rem }
+p { margin: .4rem 0; overflow-wrap: anywhere }
+.muted { color: var(--muted); font-size: .87rem }
+.lead { font-size: 1.1rem; margin: 1.3rem 0 1rem; padding-left: .9rem; border-left: 3px solid var(--accent) }
+.caveat { background: var(--tint); color: var(--warn); padding: .4rem .8rem; border-radius: 4px; font-weight: 600 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 0 2.4rem }
+figure { margin: 1.6rem 0 0; min-width: 0 }
+figure.wide { grid-column: 1 / -1 }
+figcaption { font-weight: 600 }
+.drawings { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .6rem 2.4rem; overflow-x: auto }
+.drawings svg { height: auto; width: 100%; max-width: 31rem; min-width: 18rem; flex: 1 1 24rem; margin-top: .5rem }
+.wide .single svg { max-width: none; min-width: 40rem }
+svg text { font-family: inherit !important }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; width: 100% }
+th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th { color: var(--muted); font-weight: 600; border-bottom-width: 2px; vertical-align: bottom; white-space: pre }
+.name { text-align: left }
+tr.unstable td, tr.untrained td { background: var(--tint); color: var(--warn) }
+tr.peer td { color: var(--muted) }
+details { margin-top: 2.4rem } summary { cursor: pointer; font-weight: 600 }
+pre, code { font: .8rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
+pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px; padding: .8rem; max-height: 32rem }
+</style>
+</head>
+<body>
+<h1>{{ clean(record.model.id) }}</h1>
+<p class="muted">{{ header }}</p>
+<p class="lead">{{ finding }}</p>
+{% for caveat in caveats %}
+<p class="caveat">{{ caveat }}</p>
+{% endfor %}
+<div class="plots">
+{% for plot in plots %}
+<figure{% if plot.wide %} class="wide"{% endif %}>
+<figcaption>{{ plot.title }}</figcaption>
+<div class="drawings{% if plot.drawings|length == 1 %} single{% endif %}">
+{% for drawing in plot.drawings %}{{ drawing|safe }}{% endfor %}
+</div>
+<p class="muted">{{ plot.note }}</p>
+</figure>
+{% endfor %}
+</div>
+{% for grid in grids %}
+<h2>{{ grid.title }}</h2>
+<div class="scroll"><table>
+<tr>
+{%- for column in grid.columns %}<th{% if loop.index0 < grid.labels %} class="name"{% endif %}>{{ column }}</th>
+{%- endfor %}</tr>
+{% for row in grid.rows %}
+<tr{% if row.mark %} class="{{ row.mark }}"{% endif %}>
+{%- for cell in row.cells %}<td{% if loop.index0 < grid.labels %} class="name"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>
+{% endfor %}
+</table></div>
+{% if grid.note %}<p class="muted">{{ grid.note }}</p>{% endif %}
+{% endfor %}
+{% if absent %}<p class="muted">Not measured: {{ absent|join(", ") }}.</p>{% endif %}
+<h2>How this was measured</h2>
+<p><code>{{ record.command }}</code></p>
+<p class="muted">{{ ([record.machine.cpu] + record.machine.features)|join(", ") }}<br>
+{% for package, version in record.versions.items() %}{{ package }} {{ version }}{{ ", " if not loop.last }}
+{%- endfor %}</p>
+{% for note in record.notes %}<p>{{ note }}</p>{% endfor %}
+<details><summary>The record as JSON ({{ record.schema }})</summary><pre>{{ record.to_json() }}</pre></details>
+</body>
+</html>
+"""

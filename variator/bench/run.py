@@ -1,0 +1,366 @@
+"""The verb `bench`: everything that is measured about a bundle, into one record."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from variator import machine
+from variator.bench import memory
+from variator.bench.latency import Timing, race
+from variator.bench.quality import Encode, Judge, Pairs, read_pairs
+from variator.bench.record import PEER, Flops, Machine, Memory, Model, Plugin, Quality, Record, Result
+from variator.engines.base import Engine, Feed, Outputs
+from variator.engines.build import BACKENDS, BuiltEngine, find_built, load_engine, verify_before_load
+from variator.engines.runtime import Runtime
+from variator.errors import EngineError, InputError
+from variator.exporters.flops import count_flops
+from variator.toolkit.bundle import Bundle
+
+if TYPE_CHECKING:
+    from variator.bench.peers import Peer
+    from variator.toolkit.checkpoint import Backbone
+
+QUALITY_BATCH = 32
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to measure.
+
+    Args:
+        engines: Backends, or empty for all that are built.
+        shapes: (batch, length) pairs.
+        ratios: Or empty for all.
+        runs: Timed rounds per shape.
+        budget_s: Seconds per shape after which no further round starts (5 rounds are always run).
+        model: Directory or hub id of the checkpoint, for the peers; None leaves them out.
+        pairs: STS-B file for Spearman's correlation; None leaves it out.
+        threads: Per engine; 0 means all cores.
+    """
+
+    engines: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (8, 128), (32, 64))
+    ratios: tuple[int, ...] = ()
+    runs: int = 15
+    budget_s: float = 60.0
+    model: str | None = None
+    pairs: Path | None = None
+    threads: int = 0
+    quality: bool = True
+    memory: bool = True
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One row of the tables: something that runs a feed."""
+
+    engine: str
+    precision: str
+    ratio: int
+    run: Callable[[Feed], Outputs]
+
+
+def bench(
+    bundle: Bundle | Path | str,
+    settings: BenchSettings = BenchSettings(),
+    command: str = "",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Record:
+    """Measure a bundle's built engines, and the peers if the checkpoint is at hand.
+
+    Raises:
+        EngineError: If nothing is built.
+        InputError: For a shape beyond the model's limit or a ratio the bundle does not hold.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    _check(bundle, settings)
+    threads = settings.threads or machine.cores()
+    built = built_engines(bundle, settings.engines)
+    ratios = settings.ratios or tuple(bundle.ratios)
+    backbone, peers = _peers(bundle, settings, threads, on_stage)
+    flops = {(ratio, length): count_flops(bundle.graph(ratio), length)
+             for ratio in {1, *ratios} for length in {length for _, length in settings.shapes}}
+    results: list[Result] = []
+    quality: list[Quality] = []
+    memories: list[Memory] = []
+    # First, while nothing else runs.
+    if settings.memory:
+        for engine in built:
+            on_stage(f"memory of {engine.record.backend} {engine.record.precision}")
+            shape = max(settings.shapes, key=lambda s: s[0] * s[1])
+            memories += memory.measure(bundle.path, engine.record.backend, engine.record.precision, shape)
+    engines = _load(bundle, built, ratios, threads, on_stage)
+    runners = [*engines, *(Runner(PEER + peer.name, peer.precision, 1, peer.run) for peer in peers)]
+    for batch, length in settings.shapes:
+        on_stage(f"timing {len(runners)} runners at {batch} x {length}")
+        results += _time(bundle, runners, (batch, length), flops, settings)
+    if settings.quality and Judge.judges(bundle.manifest.task):
+        quality = _quality(bundle, built, ratios, peers, settings, on_stage)
+    return Record(
+        machine=_machine(),
+        model=_model(bundle),
+        command=command,
+        versions=_versions(),
+        plugins=_plugins(bundle, ratios),
+        flops=_flops(settings, ratios, flops),
+        results=results,
+        quality=quality,
+        memory=memories,
+        disk=_disk(bundle),
+        notes=_notes(bundle, backbone, settings),
+    )
+
+
+def _check(bundle: Bundle, settings: BenchSettings) -> None:
+    for ratio in settings.ratios:
+        bundle.ratio(ratio)
+    for batch, length in settings.shapes:
+        if batch < 1 or not 1 <= length <= bundle.manifest.max_length:
+            raise InputError(f"shape {batch}x{length} cannot be measured",
+                             valid=f"batch 1 or more, length 1 to {bundle.manifest.max_length}")
+
+
+def built_engines(bundle: Bundle, names: Sequence[str]) -> list[BuiltEngine]:
+    """Every engine that is built for this bundle on this machine, of these backends or of all.
+
+    Raises:
+        EngineError: If there is none, or none of an asked backend.
+    """
+    found = []
+    for name in names or BACKENDS:
+        precisions = BACKENDS[name].precisions() if name in BACKENDS and not BACKENDS[name].missing() else [None]
+        before = len(found)
+        for precision in precisions:
+            try:
+                found.append(find_built(bundle, name, precision)[0])
+            except EngineError:
+                continue
+        if names and len(found) == before:
+            find_built(bundle, name)  # raises, and says why
+    if not found:
+        raise EngineError(f"no engine is built for {bundle.path}", fix=f"variator build {bundle.path}")
+    return found
+
+
+def _peers(
+    bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Callable[[str], None]
+) -> tuple[Backbone | None, list[Peer]]:
+    if settings.model is None:
+        return None, []
+    from variator.bench.peers import load_peers
+    from variator.toolkit.checkpoint import load_backbone
+
+    on_stage("loading the peers")
+    backbone = load_backbone(settings.model, bundle.manifest.task)
+    if backbone.fingerprint != bundle.manifest.backbone:
+        raise InputError(f"{settings.model} is not the checkpoint that {bundle.path} was exported from",
+                         valid=f"the checkpoint of {bundle.manifest.model}")
+    return backbone, load_peers(backbone, bundle.path / "engines", threads, on_stage)
+
+
+def _load(
+    bundle: Bundle, built: Sequence[BuiltEngine], ratios: Sequence[int], threads: int, on_stage: Callable[[str], None]
+) -> list[Runner]:
+    runners = []
+    for found in built:
+        on_stage(f"loading {found.record.backend} {found.record.precision}")
+        verify_before_load(bundle, found)
+        for ratio in sorted({1, *ratios}):
+            engine: Engine = load_engine(bundle, found, ratio, threads)
+            runners.append(Runner(found.record.backend, engine.precision, ratio, engine.run))
+    return runners
+
+
+def _time(
+    bundle: Bundle,
+    runners: Sequence[Runner],
+    shape: tuple[int, int],
+    flops: Mapping[tuple[int, int], Mapping[str, int]],
+    settings: BenchSettings,
+) -> list[Result]:
+    batch, length = shape
+    feed = _full_feed(bundle, batch, length)
+    timings = race(
+        {index: (lambda runner=runner: runner.run(feed)) for index, runner in enumerate(runners)},  # type: ignore[misc]
+        settings.runs, budget_s=settings.budget_s,
+    )
+    first = {(r.engine, r.precision): timings[index] for index, r in enumerate(runners) if r.ratio == 1}
+    return [
+        _result(runner, timings[index], first[runner.engine, runner.precision], shape, flops)
+        for index, runner in enumerate(runners)
+    ]
+
+
+def _full_feed(bundle: Bundle, batch: int, length: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
+    """Random tokens without padding: every token of the shape is real work."""
+    rng = np.random.default_rng(0)
+    feed = {"input_ids": rng.integers(0, bundle.manifest.vocabulary, (batch, length)),
+            "attention_mask": np.ones((batch, length), np.int64)}
+    if "token_type_ids" in bundle.manifest.inputs:
+        feed["token_type_ids"] = np.zeros((batch, length), np.int64)
+    return feed
+
+
+def _result(
+    runner: Runner, timing: Timing, first: Timing, shape: tuple[int, int], flops: Mapping[tuple[int, int], Mapping[str, int]]
+) -> Result:
+    batch, length = shape
+    whole, total = flops[1, length]["total"], flops[runner.ratio, length]["total"]
+    speedup = first.p50_ms / timing.p50_ms
+    return Result(
+        engine=runner.engine,
+        precision=runner.precision,
+        ratio=runner.ratio,
+        batch=batch,
+        sequence=length,
+        p50_ms=round(timing.p50_ms, 3),
+        p90_ms=round(timing.p90_ms, 3),
+        p99_ms=round(timing.p99_ms, 3),
+        runs=timing.runs,
+        spread=round(timing.spread, 3),
+        stable=timing.stable,
+        speedup=round(speedup, 3),
+        flops=total * batch,
+        flops_saved=round(1 - total / whole, 4),
+        efficiency=round(speedup / (whole / total), 3),
+        throughput_per_s=round(batch / timing.p50_ms * 1e3, 1),
+    )
+
+
+def _quality(
+    bundle: Bundle,
+    built: Sequence[BuiltEngine],
+    ratios: Sequence[int],
+    peers: Sequence[Peer],
+    settings: BenchSettings,
+    on_stage: Callable[[str], None],
+) -> list[Quality]:
+    pairs: Pairs | None = read_pairs(settings.pairs) if settings.pairs else None
+    scores: list[Quality] = []
+    encoders: list[tuple[Encode, int, str, str]] = []
+    with _runtimes(bundle, built, settings.threads) as runtimes:
+        any_runtime = runtimes[0]
+        for runtime, found in zip(runtimes, built, strict=True):
+            for ratio in sorted({1, *ratios}):
+                encode = _batched(lambda texts, r=runtime, k=ratio: r.infer(texts, ratio=k, truncate=True).outputs)  # type: ignore[misc]
+                encoders.append((encode, ratio, found.record.backend, found.record.precision))
+        for peer in peers:
+            encode = _batched(lambda texts, p=peer: p.run(_padded_feed(any_runtime, texts)))  # type: ignore[misc]
+            encoders.append((encode, 1, PEER + peer.name, peer.precision))
+        reference = _reference(encoders)
+        if reference is None:
+            return []
+        judge = Judge(bundle.manifest.task, reference, pairs)
+        for encode, ratio, engine, precision in encoders:
+            on_stage(f"quality of {engine} {precision} ratio {ratio}")
+            scores += judge.score(encode, ratio, engine, precision)
+    return scores
+
+
+class _runtimes:
+    """Runtimes of several engines at once, closed together."""
+
+    def __init__(self, bundle: Bundle, built: Sequence[BuiltEngine], threads: int) -> None:
+        self._open = [Runtime.open(bundle, found.record.backend, found.record.precision, threads) for found in built]
+
+    def __enter__(self) -> list[Runtime]:
+        return self._open
+
+    def __exit__(self, *error: object) -> None:
+        for runtime in self._open:
+            runtime.close()
+
+
+def _reference(encoders: Sequence[tuple[Encode, int, str, str]]) -> Encode | None:
+    """The uncompressed backbone in fp32: PyTorch's if it is at hand, else an engine that passed the gate."""
+    exact = [(engine, encode) for encode, ratio, engine, precision in encoders if ratio == 1 and precision == "fp32"]
+    exact.sort(key=lambda item: not item[0].startswith(f"{PEER}torch"))
+    return exact[0][1] if exact else None
+
+
+def _batched(encode: Encode) -> Encode:
+    """Encode in batches of similar length, rows in the order given."""
+
+    def run(texts: Sequence[str]) -> Outputs:
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        parts: dict[str, list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]] = {}
+        for start in range(0, len(order), QUALITY_BATCH):
+            for name, values in encode([texts[i] for i in order[start : start + QUALITY_BATCH]]).items():
+                parts.setdefault(name, []).append(values)
+        back = np.argsort(order)
+        return {name: np.concatenate(values)[back] for name, values in parts.items()}
+
+    return run
+
+
+def _padded_feed(runtime: Runtime, texts: Sequence[str]) -> Feed:
+    rows = runtime.tokenise(list(texts), truncate=True)
+    return runtime.feed(rows, max(len(row.ids) for row in rows))
+
+
+def _machine() -> Machine:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Machine(machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now)
+
+
+def _model(bundle: Bundle) -> Model:
+    m = bundle.manifest
+    return Model(m.model, m.family, m.task, m.hidden_size, m.layers, m.parameters, m.real, str(bundle.path))
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("variator", "onnxruntime", "openvino", "torch", "transformers", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _plugins(bundle: Bundle, ratios: Sequence[int]) -> list[Plugin]:
+    entries = {ratio: bundle.ratio(ratio) for ratio in ratios if ratio > 1}
+    return [
+        Plugin(ratio, entry.rank, entry.activation, entry.plugin_parameters,
+               round(entry.plugin_parameters / bundle.manifest.parameters, 5), entry.untrained,
+               {key: value for key, value in entry.training.items() if key != "losses"})
+        for ratio, entry in entries.items()
+    ]
+
+
+def _flops(
+    settings: BenchSettings, ratios: Sequence[int], flops: Mapping[tuple[int, int], Mapping[str, int]]
+) -> list[Flops]:
+    return [
+        Flops(ratio, batch, length, **{part: count * batch for part, count in flops[ratio, length].items()},
+              saved=round(1 - flops[ratio, length]["total"] / flops[1, length]["total"], 4))
+        for batch, length in settings.shapes
+        for ratio in sorted({1, *ratios})
+    ]
+
+
+def _disk(bundle: Bundle) -> dict[str, int]:
+    sizes = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
+    for directory in sorted((bundle.path / "engines").glob("*-*")):
+        if directory.is_dir():
+            label = directory.name.rsplit("-", 1)[0]
+            sizes[f"engines/{label}"] = sum(file.stat().st_size for file in directory.iterdir())
+    return sizes
+
+
+def _notes(bundle: Bundle, backbone: Backbone | None, settings: BenchSettings) -> list[str]:
+    notes = []
+    if bundle.untrained:
+        notes.append("Some plugins are untrained: speed only, their quality means nothing.")
+    if backbone is None:
+        notes.append("No peers: pass the checkpoint with --model to measure them.")
+    if settings.pairs is None and bundle.manifest.task == "embed":
+        notes.append("No STS-B score: pass its file with --stsb.")
+    return notes

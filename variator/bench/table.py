@@ -1,0 +1,361 @@
+"""The tables of a benchmark record: for the terminal (`show`), for the README (`markdown`) and for `bench.report`.
+
+Every table is first a `Grid` of finished strings, so that terminal, README and HTML print the same figures. Selections
+that tables and plots must agree on (which shape is the largest, which peer is the one to beat, which quality metric
+is the main one) live here too. Times are in ms, sizes in bytes, FLOPs are 2 x multiply-accumulates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from variator.bench.record import PEER, Memory, Quality, Record, Result
+
+UNTRAINED = "UNTRAINED PLUGIN: speed only"
+MISSING = "-"
+PREFERRED_METRICS = ("spearman", "cosine")
+STYLES = {"unstable": "yellow", "untrained": "red", "peer": "dim", "": ""}
+
+Shape = tuple[int, int]
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; `mark` is `unstable`, `untrained`, `peer` or empty."""
+
+    cells: tuple[str, ...]
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of finished strings. The first `labels` columns hold names, all others figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    labels: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one engine and precision, bytes: its first ratio alone, all its ratios, each ratio after the first."""
+
+    engine: str
+    precision: str
+    ratios: tuple[int, ...]
+    first: int | None
+    all: int
+    further: float | None
+
+
+def show(record: Record, console: Console) -> None:
+    """Print the record's tables on a console."""
+    console.print(render(record))
+
+
+def render(record: Record) -> RenderableType:
+    """The record's tables for the terminal, under one header line."""
+    parts: list[RenderableType] = [Text(header(record), style="bold")]
+    for grid in grids(record):
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for index, column in enumerate(grid.columns):
+            table.add_column(Text(column), justify="left" if index < grid.labels else "right", overflow="fold")
+        for row in grid.rows:
+            table.add_row(*map(Text, row.cells), style=STYLES[row.mark])
+        # Not rich's own title and caption: those are folded to the width of the table.
+        parts += [Text(), Text(grid.title, style="bold"), table, *([Text(grid.note, style="dim")] if grid.note else [])]
+    remarks = [clean(note) for note in record.notes]
+    if absent := not_measured(record):
+        remarks.append(f"Not measured: {', '.join(absent)}.")
+    if remarks:
+        parts += [Text(), *(Text(remark, style="italic") for remark in remarks)]
+    return Group(*parts)
+
+
+def header(record: Record) -> str:
+    """One line: model, real or toy, machine, date."""
+    model, machine = record.model, record.machine
+    weights = "real weights" if model.real else "TOY: random weights"
+    computer = f"{machine.cpu}, {count(machine.cores, 'core')}, {size(machine.memory_bytes)}"
+    return clean(f"{model.id} ({weights}) | {computer}, {machine.system} | {machine.date}")
+
+
+def grids(record: Record) -> list[Grid]:
+    """All tables of the record that have a row; every title is marked where a plugin is untrained."""
+    latency = [_latency(record, shape) for shape in shapes(record)]
+    tables = [*latency, _quality(record), _flops(record), _memory(record), _disk(record), _plugins(record)]
+    return [grid for grid in tables if grid.rows]
+
+
+def markdown(record: Record) -> str:
+    """The README's table: one row per engine, precision and ratio at the record's first and largest shapes."""
+    measured = shapes(record)
+    chosen = list(dict.fromkeys([measured[0], largest(measured)])) if measured else []
+    scores = main_quality(record)
+    metric = next(iter(scores.values())).metric if scores else ""
+    columns = ["engine", "precision", "ratio"]
+    for shape in chosen:
+        columns += [f"{tokens(shape)} p50 ms", "over ratio 1", "over best peer", "FLOPs saved"]
+    rows: dict[Key, dict[Shape, Result]] = {}
+    for row in sorted(record.results, key=_order):
+        rows.setdefault(key(row), {})[row.batch, row.sequence] = row
+    lines = [columns + [metric] * bool(metric), ["---"] * 3 + ["---:"] * (len(columns) - 3 + bool(metric))]
+    for found, by_shape in rows.items():
+        line = [name(found[0]), found[1], str(found[2])]
+        for shape in chosen:
+            line += _markdown_cells(record, by_shape.get(shape))
+        score = decimal(scores[found].value, 4) if found in scores else MISSING
+        lines.append(line + [score] * bool(metric))
+    text = "\n".join("| " + " | ".join(map(_markdown_escape, line)) + " |" for line in lines)
+    caption = marked(record, _markdown_escape(header(record)))
+    return f"{caption}\n\n{text}\n"
+
+
+# Selections that tables and plots share -------------------------------------------------------------------------------
+
+
+def shapes(record: Record) -> list[Shape]:
+    """The (batch, sequence) shapes of the results, in the order of measurement."""
+    return list(dict.fromkeys((row.batch, row.sequence) for row in record.results))
+
+
+def largest(candidates: Iterable[Shape]) -> Shape:
+    """The shape with most tokens; of equals the one with the longest sequences."""
+    return max(candidates, key=lambda shape: (shape[0] * shape[1], shape[1]))
+
+
+def at(record: Record, shape: Shape) -> list[Result]:
+    """The results of one shape, peers last."""
+    return sorted((row for row in record.results if (row.batch, row.sequence) == shape), key=_order)
+
+
+def peer_to_beat(record: Record, shape: Shape) -> Result | None:
+    """The fastest peer of a shape, whatever its precision."""
+    return min((row for row in at(record, shape) if is_peer(row)), key=lambda row: row.p50_ms, default=None)
+
+
+def main_quality(record: Record) -> dict[Key, Quality]:
+    """The scores of one metric on one split: Spearman if there is one, else cosine, else the first metric measured.
+
+    Of several splits the one with most scores is taken, and of equals `test`: it is the one nothing was chosen on.
+    """
+    metrics = list(dict.fromkeys(row.metric for row in record.quality))
+    if not metrics:
+        return {}
+    metric = next((wanted for wanted in PREFERRED_METRICS if wanted in metrics), metrics[0])
+    splits: dict[str, dict[Key, Quality]] = {}
+    for row in record.quality:
+        if row.metric == metric:
+            splits.setdefault(row.split, {}).setdefault(key(row), row)
+    return max(splits.items(), key=lambda item: (len(item[1]), item[0] == "test"))[1]
+
+
+def footprints(record: Record) -> list[Footprint]:
+    """Memory per engine and precision, from the smallest and the largest set of ratios that were held resident."""
+    groups: dict[tuple[str, str], list[Memory]] = {}
+    for row in record.memory:
+        groups.setdefault((row.engine, row.precision), []).append(row)
+    found = []
+    for (engine, precision), rows in groups.items():
+        most = max(rows, key=lambda row: len(row.ratios))
+        first = next((row.pss_bytes for row in rows if len(row.ratios) == 1 and row.ratios[0] in most.ratios), None)
+        others = len(most.ratios) - 1
+        further = (most.pss_bytes - first) / others if first is not None and others > 0 else None
+        found.append(Footprint(engine, precision, tuple(most.ratios), first, most.pss_bytes, further))
+    return found
+
+
+def untrained_ratios(record: Record) -> set[int]:
+    """The ratios whose quality means nothing."""
+    return {plugin.ratio for plugin in record.plugins if plugin.untrained}
+
+
+def not_measured(record: Record) -> list[str]:
+    """What the record holds nothing about, so that a missing table is not taken for an oversight."""
+    peers = [row for row in record.results if is_peer(row)]
+    parts = {"latency": record.results, "peers": peers, "quality": record.quality, "FLOPs": record.flops,
+             "memory": record.memory, "disk": record.disk}
+    return [part for part, rows in parts.items() if not rows]
+
+
+def relative_drop(row: Quality) -> float:
+    """Share of the reference score that was lost; negative for a gain, NaN without a reference."""
+    return (row.reference - row.value) / abs(row.reference) if row.reference else math.nan
+
+
+def is_peer(row: Result | Quality) -> bool:
+    """Whether the row belongs to software without us."""
+    return row.engine.startswith(PEER)
+
+
+def key(row: Result | Quality) -> Key:
+    """What results and scores are joined by."""
+    return row.engine, row.precision, row.ratio
+
+
+# How things are written -----------------------------------------------------------------------------------------------
+
+
+def marked(record: Record, title: str) -> str:
+    """A title that says so if any plugin of the record is untrained."""
+    return f"{title} [{UNTRAINED}]" if untrained_ratios(record) else title
+
+
+def clean(text: str) -> str:
+    """Text without line breaks or control characters: a model id must not steer somebody's terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def name(engine: str) -> str:
+    """An engine's name; a peer's with a space, where a narrow column can break it."""
+    return clean(f"{PEER} {engine.removeprefix(PEER)}" if engine.startswith(PEER) else engine)
+
+
+def decimal(value: float, digits: int) -> str:
+    """A number with thousands separated, or `-` if it is not finite."""
+    return f"{value:,.{digits}f}" if math.isfinite(value) else MISSING
+
+
+def significant(value: float) -> str:
+    """A positive number with about three significant digits and no exponent."""
+    return decimal(value, 2 if value < 10 else 1 if value < 100 else 0)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    positive_zero = 0.0
+    return f"{decimal(round(100 * share, digits) + positive_zero, digits)} %" if math.isfinite(share) else MISSING
+
+
+def times(factor: float) -> str:
+    """A speed-up."""
+    return MISSING if not math.isfinite(factor) else f"{factor:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def tokens(shape: Shape) -> str:
+    """A shape as batch x sequence."""
+    return f"{shape[0]}\N{MULTIPLICATION SIGN}{shape[1]}"
+
+
+def size(number: float, unit: str = "B") -> str:
+    """A count of bytes (or of another unit) with a decimal prefix."""
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= factor:
+            scaled = number / factor
+            return f"{scaled:.{1 if abs(scaled) < 100 else 0}f} {prefix}{unit}"
+    return f"{number:.0f} {unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def over_peer(row: Result, peer: Result | None) -> float:
+    """Speed-up of a row over a peer at the same shape, NaN without one."""
+    return peer.p50_ms / row.p50_ms if peer and row.p50_ms > 0 else math.nan
+
+
+# One function per table -----------------------------------------------------------------------------------------------
+
+
+def _latency(record: Record, shape: Shape) -> Grid:
+    peer = peer_to_beat(record, shape)
+    rows = [
+        Row((name(row.engine), clean(row.precision), str(row.ratio), significant(row.p50_ms), significant(row.p90_ms),
+             *_gains(row, peer, significant(row.throughput_per_s)),
+             MISSING if is_peer(row) else percent(row.efficiency, 0), "stable" if row.stable else "unstable"),
+            "unstable" if not row.stable else "peer" if is_peer(row) else "")
+        for row in at(record, shape)
+    ]
+    columns = ("engine", "precision", "ratio", "p50\nms", "p90\nms", "over\nratio 1", "over\npeer", "per\nsecond",
+               "FLOPs\nsaved", "effi-\nciency", "timing")
+    note = ""
+    if peer:
+        note = f"Peer to beat: {name(peer.engine).removeprefix(PEER).strip()} {clean(peer.precision)}"
+        note += "." if peer.stable else " (unstable)."
+    return Grid(marked(record, f"Latency, batch {shape[0]} of {shape[1]} tokens"), columns, tuple(rows), 2, note)
+
+
+def _quality(record: Record) -> Grid:
+    doubtful = untrained_ratios(record)
+    rows = [
+        Row((name(row.engine), clean(row.precision), clean(row.metric), clean(row.split), str(row.ratio),
+             decimal(row.value, 4), decimal(row.reference, 4), percent(relative_drop(row), 2)),
+            "untrained" if row.ratio in doubtful else "peer" if is_peer(row) else "")
+        for row in record.quality
+    ]
+    columns = ("engine", "precision", "metric", "split", "ratio", "value", "reference", "relative\ndrop")
+    note = "Reference: the uncompressed fp32 backbone in PyTorch on the same data."
+    return Grid(marked(record, "Quality"), columns, tuple(rows), 4, note)
+
+
+def _flops(record: Record) -> Grid:
+    rows = [
+        Row((tokens((row.batch, row.sequence)), str(row.ratio),
+             *(size(part, "FLOP") for part in (row.attention, row.ffn, row.plugin, row.head, row.total)),
+             percent(row.saved)))
+        for row in sorted(record.flops, key=lambda row: (row.batch * row.sequence, row.sequence, row.ratio))
+    ]
+    columns = ("shape", "ratio", "attention", "FFN", "plugin", "head", "total", "saved")
+    return Grid(marked(record, "FLOPs of one forward pass"), columns, tuple(rows), 1)
+
+
+def _memory(record: Record) -> Grid:
+    rows = [
+        Row((name(row.engine), clean(row.precision), ", ".join(map(str, row.ratios)),
+             *(MISSING if figure is None else size(figure) for figure in (row.first, row.further, row.all))))
+        for row in footprints(record)
+    ]
+    columns = ("engine", "precision", "ratios", "first ratio", "per further\nratio", "all ratios")
+    note = "Proportional set size over the empty process."
+    return Grid(marked(record, "Memory"), columns, tuple(rows), 3, note)
+
+
+def _disk(record: Record) -> Grid:
+    rows = [Row((clean(file), f"{number:,}", size(number))) for file, number in record.disk.items()]
+    if rows:
+        total = sum(record.disk.values())
+        rows.append(Row(("total", f"{total:,}", size(total))))
+    return Grid(marked(record, "Disk"), ("file", "bytes", ""), tuple(rows), 1)
+
+
+def _plugins(record: Record) -> Grid:
+    rows = [
+        Row((str(plugin.ratio), str(plugin.rank), clean(plugin.activation), f"{plugin.parameters:,}",
+             percent(plugin.share, 2), "UNTRAINED" if plugin.untrained else "trained"),
+            "untrained" if plugin.untrained else "")
+        for plugin in record.plugins
+    ]
+    columns = ("ratio", "rank", "activation", "parameters", "share of\nbackbone", "state")
+    return Grid(marked(record, "Plugins"), columns, tuple(rows), 0)
+
+
+def _order(row: Result) -> tuple[bool, str, str, int]:
+    return is_peer(row), row.engine, row.precision, row.ratio
+
+
+def _markdown_cells(record: Record, row: Result | None) -> list[str]:
+    if row is None:
+        return [MISSING] * 4
+    peer = peer_to_beat(record, (row.batch, row.sequence))
+    return [significant(row.p50_ms) + ("" if row.stable else " (unstable)"), *_gains(row, peer)]
+
+
+def _gains(row: Result, peer: Result | None, *between: str) -> list[str]:
+    """Speed-up over ratio 1 and over the peer, FLOPs saved; a peer has no ratios to compare and saves nothing."""
+    own = [MISSING, MISSING] if is_peer(row) else [times(row.speedup), percent(row.flops_saved)]
+    return [own[0], times(over_peer(row, peer)), *between, own[1]]
+
+
+def _markdown_escape(text: str) -> str:
+    return "".join(f"\\{letter}" if letter in "\\|<`[*_" else letter for letter in clean(text))

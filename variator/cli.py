@@ -1,0 +1,318 @@
+"""The command line: each command parses, calls one verb of the library, prints. No logic."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from variator.errors import InputError, VariatorError
+
+GUIDE = """Make a frozen Transformer encoder faster with small plugins, and switch how much by the load of the day.
+
+A plugin merges every k hidden vectors in front of a layer's feed-forward network and expands them behind it. k is
+the *ratio*: 1 is the model itself, 2, 4 and 8 save more. The usual way:
+
+  variator export MODEL --ratio 2 --ratio 4 -o bundle   one ONNX graph per ratio over one shared backbone
+  variator build  bundle                                engines for this machine
+  variator run    bundle --text "hello" --ratio 4       try it
+  variator bench  bundle --html report.html             what it saves and what it costs
+
+No plugin for your model yet? Train one first, minutes on a CPU:
+
+  variator train  MODEL --ratio 4 --corpus texts.txt -o plugins     then: export … --plugin plugins
+"""
+
+app = typer.Typer(
+    help=GUIDE, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
+)
+errors = Console(stderr=True)
+
+BundleArgument = Annotated[Path, typer.Argument(help="Directory written by `variator export`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one machine-readable record instead.")]
+EngineOption = Annotated[str, typer.Option(help="auto, onnxruntime or openvino.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or int8; the best lossless one by default.")]
+ThreadsOption = Annotated[int, typer.Option(help="Processor threads; 0 means all.", min=0)]
+TaskOption = Annotated[str | None, typer.Option(help="embed, classify, qa or hidden; detected by default.")]
+NameOption = Annotated[str | None, typer.Option(help="What to call the model; its directory or hub id by default.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Directory, hub id, or random:bert-base (tiny, minilm, bert-large) for a toy.")
+]
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is being done; silent elsewhere."""
+    if not errors.is_terminal:
+        yield lambda stage: None
+        return
+    with errors.status("") as status:
+        yield lambda stage: status.update(stage)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory.")],
+    ratio: Annotated[list[int], typer.Option(help="Hidden vectors merged into one; repeat for several. 1 is always in.")],
+    plugin: Annotated[Path | None, typer.Option(help="Directory of trained plugins; else those that ship.")] = None,
+    task: TaskOption = None,
+    name: NameOption = None,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Make up missing plugins: speed only, marked.")] = False,
+    rank: Annotated[int, typer.Option(help="Rank of made-up plugins.", min=1)] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model at ratio 1 and others: one ONNX graph each over one backbone, checked against PyTorch."""
+    from variator.exporters.export import ExportSettings
+    from variator.exporters.export import export as verb
+
+    settings = ExportSettings(tuple(ratio), plugin, untrained, rank, overwrite)
+    with stages() as on_stage:
+        bundle = verb(model, output, settings, task, name, on_stage)
+    if as_json:
+        _print_json(asdict(bundle.manifest))
+    else:
+        _show_bundle(bundle.path)
+
+
+@app.command()
+def build(
+    bundle: BundleArgument,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 0,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if an unchanged engine is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build an engine for this machine, checked against PyTorch; an unchanged one is reused at once."""
+    from variator.engines.build import build as verb
+
+    said: list[str] = []
+    with stages() as on_stage:
+        built = verb(bundle, engine, precision, threads, rebuild, lambda stage: (said.append(stage), on_stage(stage))[1])
+    if as_json:
+        _print_json({"directory": str(built.directory), **asdict(built.record)})
+        return
+    Console().print(f"[bold]{built.record.backend} {built.record.precision}[/bold] ({said[0]})")
+    table = Table("ratio", "8 x 64 when built, ms", "largest error")
+    for ratio, milliseconds in built.record.probe_ms.items():
+        table.add_row(ratio, f"{milliseconds:.1f}", f"{built.record.max_abs_error[ratio]:.2g}")
+    Console().print(table)
+    Console().print(Text(f"in {built.directory}"))
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    text: Annotated[list[str], typer.Option(help="A text; repeat for several.")],
+    ratio: Annotated[int, typer.Option(help="A ratio the bundle holds.")] = 1,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 0,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts beyond the model's limit.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run texts through a built bundle."""
+    from variator.engines.runtime import Runtime
+
+    with Runtime.open(bundle, engine, precision, threads) as runtime:
+        result = runtime.infer(text, ratio=ratio, truncate=truncate)
+        picked = runtime.picked
+    if as_json:
+        record = asdict(result) | {"outputs": {name: values.tolist() for name, values in result.outputs.items()}}
+        _print_json(record | {"picked": picked})
+        return
+    console = Console()
+    console.print(Text(f"ratio {result.ratio}, engine {picked}"))
+    console.print(Text(f"tokenise {result.tokenise_ms:.1f} ms, compute {result.compute_ms:.1f} ms"))
+    for name, values in result.outputs.items():
+        for row, value in zip(text, values, strict=True):
+            head = ", ".join(f"{number:.4f}" for number in value.ravel()[:6])
+            console.print(Text(f"{name} {tuple(value.shape)} [{head}{', …' if value.size > 6 else ''}]  {row[:60]}"))
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    engine: Annotated[list[str] | None, typer.Option(help="Built engines to measure; all by default.")] = None,
+    shapes: Annotated[str, typer.Option(help="Batch x length, comma-separated.")] = "1x32,1x128,8x128,32x64",
+    ratio: Annotated[list[int] | None, typer.Option(help="Ratios to measure; all by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="The checkpoint, to measure the plain libraries beside us.")] = None,
+    stsb: Annotated[Path | None, typer.Option(help="STS-B as .jsonl(.gz), for Spearman's correlation.")] = None,
+    runs: Annotated[int, typer.Option(help="Timed rounds per shape.", min=5)] = 15,
+    budget: Annotated[float, typer.Option(help="Seconds per shape after which no new round starts.")] = 60.0,
+    threads: ThreadsOption = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report with plots here.")] = None,
+    quality: Annotated[bool, typer.Option(help="Measure quality.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure memory.")] = True,
+) -> None:
+    """Measure speed, FLOPs, memory, disk and quality of all ratios; one table, one record, one report."""
+    from variator.bench import table
+    from variator.bench.run import BenchSettings
+    from variator.bench.run import bench as verb
+    from variator.files import write_atomically
+
+    settings = BenchSettings(
+        tuple(engine or ()), parse_shapes(shapes), tuple(ratio or ()), runs, budget, model, stsb, threads, quality, memory
+    )
+    with stages() as on_stage:
+        record = verb(bundle, settings, _command_line(), on_stage)
+    if json_file:
+        write_atomically(json_file, record.to_json())
+    if html:
+        from variator.bench import report
+
+        report.write(record, html)
+    table.show(record, Console())
+
+
+@app.command()
+def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Show what a bundle holds and which engines are built, after checking every hash."""
+    from variator.toolkit.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    opened.verify()
+    if as_json:
+        _print_json(asdict(opened.manifest))
+    else:
+        _show_bundle(bundle)
+
+
+@app.command()
+def train(
+    model: ModelArgument,
+    ratio: Annotated[list[int], typer.Option(help="Ratios to train, all from one teacher pass.")],
+    corpus: Annotated[list[Path], typer.Option(help=".txt or .jsonl, also .gz; repeat for several files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the plugin files.")],
+    rank: Annotated[int, typer.Option(help="Width of the bottleneck.", min=1)] = 64,
+    activation: Annotated[str, typer.Option(help="Of the bottleneck: tanh, gelu, gelu_tanh, relu or silu.")] = "tanh",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 800,
+    tokens: Annotated[int, typer.Option(help="Tokens per step.", min=16)] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
+    threads: ThreadsOption = 0,
+    task: TaskOption = None,
+    name: NameOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plugins that are there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train plugins layer by layer on plain text; Ctrl-C saves, the same command goes on."""
+    from variator.toolkit.checkpoint import load_backbone
+    from variator.toolkit.corpus import read_corpus
+    from variator.toolkit.plugin import PluginConfig
+    from variator.toolkit.train import TrainSettings
+    from variator.toolkit.train import train as verb
+
+    configs = tuple(PluginConfig(value, rank, activation) for value in ratio)
+    settings = TrainSettings(configs, steps, tokens, learning_rate, seed=seed, threads=threads)
+    with stages() as on_stage:
+        on_stage("reading the corpus")
+        texts = read_corpus(corpus, seed)
+        on_stage("loading the model")
+        backbone = load_backbone(model, task, name)
+    with _training_bar(steps) as on_step:
+        plugins = verb(backbone, texts, settings, output, on_step, overwrite)
+    if as_json:
+        _print_json({"directory": str(output), "plugins": [asdict(p.config) | {"training": p.training} for p in plugins]})
+        return
+    table = Table("ratio", "rank", "parameters", "error (MSE / variance), mean over layers")
+    for plugin in plugins:
+        layers = plugin.training["layer_errors"]
+        table.add_row(str(plugin.config.ratio), str(plugin.config.rank), f"{plugin.parameters:,}", f"{sum(layers) / len(layers):.4f}")
+    Console().print(table)
+    Console().print(Text(f"in {output}; next: variator export {model} --ratio {ratio[0]} --plugin {output} -o BUNDLE"))
+
+
+def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """`1x32,8x128` -> ((1, 32), (8, 128))."""
+    try:
+        shapes = tuple((int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(",")))
+    except ValueError as error:
+        raise InputError(f"cannot read shapes {text!r}", valid="batch x length, such as 1x32,8x128") from error
+    return shapes
+
+
+@contextmanager
+def _training_bar(steps: int) -> Iterator[Callable[[Any], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("", total=steps)
+
+        def on_step(progress: Any) -> None:
+            losses = "  ".join(f"k={ratio} {loss:.4f}" for ratio, loss in progress.loss.items())
+            bar.update(task, completed=progress.step, description=f"loss {losses}  {progress.tokens_per_s:,.0f} tokens/s")
+
+        yield on_step
+
+
+def _show_bundle(path: Path) -> None:
+    from variator.engines.build import built_summary
+    from variator.toolkit.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    manifest, console = bundle.manifest, Console()
+    kind = "" if manifest.real else ", random weights"
+    console.print(Text(
+        f"{manifest.model}: {manifest.family}, {manifest.layers} layers of {manifest.hidden_size}, task {manifest.task}, "
+        f"up to {manifest.max_length} tokens, {manifest.precision}{kind}", style="bold",
+    ))
+    title = "UNTRAINED PLUGINS: speed only" if bundle.untrained else None
+    table = Table("ratio", "plugin", "parameters added", "FLOPs at 128 tokens", "saved", "largest error", title=title)
+    for ratio in bundle.ratios:
+        entry = manifest.ratios[ratio]
+        kind = "none" if ratio == 1 else "UNTRAINED" if entry.untrained else f"rank {entry.rank}, {entry.activation}"
+        table.add_row(
+            str(ratio), kind, f"{entry.plugin_parameters:,} ({entry.plugin_parameters / manifest.parameters:.1%})",
+            f"{entry.flops['total'] / 1e9:.2f} G", f"{entry.flops['saved']:.0%}", f"{entry.max_abs_error:.1g}",
+        )
+    console.print(table)
+    total = sum(file.bytes for file in manifest.files.values())
+    backbone = manifest.files.get("backbone.data")
+    console.print(Text(f"{path}: {total / 1e6:.1f} MB, of which the backbone {backbone.bytes / 1e6 if backbone else 0:.1f} MB"))
+    for line in built_summary(bundle):
+        console.print(Text(f"engine {line}"))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _command_line() -> str:
+    return " ".join(["variator", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 1 failed, 2 wrong usage; a traceback only with VARIATOR_DEBUG=1."""
+    debug = os.environ.get("VARIATOR_DEBUG") == "1"
+    try:
+        app()
+    except VariatorError as error:
+        if debug:
+            raise
+        errors.print(Panel(Text(str(error)), title="error", title_align="left", border_style="red"))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        text = f"unexpected {type(error).__name__}: {error}\nfix: run again with VARIATOR_DEBUG=1 and report the traceback"
+        errors.print(Panel(Text(text), title="error", title_align="left", border_style="red"))
+        sys.exit(1)
