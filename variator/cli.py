@@ -65,11 +65,15 @@ def stages() -> Iterator[Callable[[str], None]]:
 def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory.")],
-    ratio: Annotated[list[int], typer.Option(help="Hidden vectors merged into one; repeat for several. 1 is always in.")],
+    ratio: Annotated[
+        list[int], typer.Option(help="Hidden vectors merged into one; repeat for several. 1 is always in.")
+    ],
     plugin: Annotated[Path | None, typer.Option(help="Directory of trained plugins; else those that ship.")] = None,
     task: TaskOption = None,
     name: NameOption = None,
-    untrained: Annotated[bool, typer.Option("--untrained", help="Make up missing plugins: speed only, marked.")] = False,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Make up missing plugins: speed only, marked.")
+    ] = False,
     rank: Annotated[int, typer.Option(help="Rank of made-up plugins.", min=1)] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
@@ -101,7 +105,12 @@ def build(
 
     said: list[str] = []
     with stages() as on_stage:
-        built = verb(bundle, engine, precision, threads, rebuild, lambda stage: (said.append(stage), on_stage(stage))[1])
+
+        def tell(stage: str) -> None:
+            said.append(stage)
+            on_stage(stage)
+
+        built = verb(bundle, engine, precision, threads, rebuild, tell)
     if as_json:
         _print_json({"directory": str(built.directory), **asdict(built.record)})
         return
@@ -166,7 +175,16 @@ def bench(
     from variator.files import write_atomically
 
     settings = BenchSettings(
-        tuple(engine or ()), parse_shapes(shapes), tuple(ratio or ()), runs, budget, model, stsb, threads, quality, memory
+        tuple(engine or ()),
+        parse_shapes(shapes),
+        tuple(ratio or ()),
+        runs,
+        budget,
+        model,
+        stsb,
+        threads,
+        quality,
+        memory,
     )
     with stages() as on_stage:
         record = verb(bundle, settings, _command_line(), on_stage)
@@ -202,7 +220,7 @@ def train(
     activation: Annotated[str, typer.Option(help="Of the bottleneck: tanh, gelu, gelu_tanh, relu or silu.")] = "tanh",
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 800,
     tokens: Annotated[int, typer.Option(help="Tokens per step.", min=16)] = 1024,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     threads: ThreadsOption = 0,
     task: TaskOption = None,
@@ -227,12 +245,19 @@ def train(
     with _training_bar(steps) as on_step:
         plugins = verb(backbone, texts, settings, output, on_step, overwrite)
     if as_json:
-        _print_json({"directory": str(output), "plugins": [asdict(p.config) | {"training": p.training} for p in plugins]})
+        _print_json(
+            {"directory": str(output), "plugins": [asdict(p.config) | {"training": p.training} for p in plugins]}
+        )
         return
     table = Table("ratio", "rank", "parameters", "error (MSE / variance), mean over layers")
     for plugin in plugins:
         layers = plugin.training["layer_errors"]
-        table.add_row(str(plugin.config.ratio), str(plugin.config.rank), f"{plugin.parameters:,}", f"{sum(layers) / len(layers):.4f}")
+        table.add_row(
+            str(plugin.config.ratio),
+            str(plugin.config.rank),
+            f"{plugin.parameters:,}",
+            f"{sum(layers) / len(layers):.4f}",
+        )
     Console().print(table)
     Console().print(Text(f"in {output}; next: variator export {model} --ratio {ratio[0]} --plugin {output} -o BUNDLE"))
 
@@ -256,7 +281,9 @@ def _training_bar(steps: int) -> Iterator[Callable[[Any], None]]:
 
         def on_step(progress: Any) -> None:
             losses = "  ".join(f"k={ratio} {loss:.4f}" for ratio, loss in progress.loss.items())
-            bar.update(task, completed=progress.step, description=f"loss {losses}  {progress.tokens_per_s:,.0f} tokens/s")
+            bar.update(
+                task, completed=progress.step, description=f"loss {losses}  {progress.tokens_per_s:,.0f} tokens/s"
+            )
 
         yield on_step
 
@@ -268,23 +295,32 @@ def _show_bundle(path: Path) -> None:
     bundle = Bundle.open(path)
     manifest, console = bundle.manifest, Console()
     kind = "" if manifest.real else ", random weights"
-    console.print(Text(
-        f"{manifest.model}: {manifest.family}, {manifest.layers} layers of {manifest.hidden_size}, task {manifest.task}, "
-        f"up to {manifest.max_length} tokens, {manifest.precision}{kind}", style="bold",
-    ))
+    console.print(
+        Text(
+            f"{manifest.model}: {manifest.family}, {manifest.layers} layers of {manifest.hidden_size}, "
+            f"task {manifest.task}, up to {manifest.max_length} tokens, {manifest.precision}{kind}",
+            style="bold",
+        )
+    )
     title = "UNTRAINED PLUGINS: speed only" if bundle.untrained else None
     table = Table("ratio", "plugin", "parameters added", "FLOPs at 128 tokens", "saved", "largest error", title=title)
     for ratio in bundle.ratios:
         entry = manifest.ratios[ratio]
         kind = "none" if ratio == 1 else "UNTRAINED" if entry.untrained else f"rank {entry.rank}, {entry.activation}"
         table.add_row(
-            str(ratio), kind, f"{entry.plugin_parameters:,} ({entry.plugin_parameters / manifest.parameters:.1%})",
-            f"{entry.flops['total'] / 1e9:.2f} G", f"{entry.flops['saved']:.0%}", f"{entry.max_abs_error:.1g}",
+            str(ratio),
+            kind,
+            f"{entry.plugin_parameters:,} ({entry.plugin_parameters / manifest.parameters:.1%})",
+            f"{entry.flops['total'] / 1e9:.2f} G",
+            f"{entry.flops['saved']:.0%}",
+            f"{entry.max_abs_error:.1g}",
         )
     console.print(table)
     total = sum(file.bytes for file in manifest.files.values())
     backbone = manifest.files.get("backbone.data")
-    console.print(Text(f"{path}: {total / 1e6:.1f} MB, of which the backbone {backbone.bytes / 1e6 if backbone else 0:.1f} MB"))
+    console.print(
+        Text(f"{path}: {total / 1e6:.1f} MB, of which the backbone {backbone.bytes / 1e6 if backbone else 0:.1f} MB")
+    )
     for line in built_summary(bundle):
         console.print(Text(f"engine {line}"))
 
@@ -313,6 +349,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        text = f"unexpected {type(error).__name__}: {error}\nfix: run again with VARIATOR_DEBUG=1 and report the traceback"
+        text = (
+            f"unexpected {type(error).__name__}: {error}\nfix: run again with VARIATOR_DEBUG=1 and report the traceback"
+        )
         errors.print(Panel(Text(text), title="error", title_align="left", border_style="red"))
         sys.exit(1)

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 KERNEL_FEATURES = (
-    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16",
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8",
+    "asimd", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
 """Instruction sets that decide which kernels and weight layouts a CPU runtime uses."""
 

@@ -21,14 +21,19 @@ def make_record(**changes: Any) -> Record:
     machine = Machine("Fabricated CPU for tests", 2, 16_000_000_000, features, "Linux", "2026-01-01")
     model = Model("test/fabricated-encoder", "bert", "embed", 384, 6, 22_700_000, True, "bundle")
     record = Record(
-        machine=machine, model=model, command="variator bench bundle --shapes 1x32,8x64,8x128",
+        machine=machine,
+        model=model,
+        command="variator bench bundle --shapes 1x32,8x64,8x128",
         versions={"onnxruntime": "1.31", "openvino": "2026.4"},
         plugins=[Plugin(ratio, 64, "tanh", 480_000 + 1000 * ratio, 0.021, False) for ratio in (2, 4, 8)],
         flops=[_flops(ratio, *shape) for shape in SHAPES for ratio in SAVED],
-        results=_results(), quality=_quality(),
+        results=_results(),
+        quality=_quality(),
         memory=[
-            Memory("onnxruntime", "fp32", [1], 182_000_000), Memory("onnxruntime", "fp32", [1, 2, 4, 8], 263_000_000),
-            Memory("openvino", "bf16", [1], 190_000_000), Memory("openvino", "bf16", [1, 2, 4, 8], 610_000_000),
+            Memory("onnxruntime", "fp32", [1], 182_000_000),
+            Memory("onnxruntime", "fp32", [1, 2, 4, 8], 263_000_000),
+            Memory("openvino", "bf16", [1], 190_000_000),
+            Memory("openvino", "bf16", [1, 2, 4, 8], 610_000_000),
         ],
         disk={"backbone.data": 90_300_000, "plugin-4.data": 1_900_000, "ratio-4.onnx": 260_000},
         notes=["Fabricated figures."],
@@ -39,8 +44,24 @@ def make_record(**changes: Any) -> Record:
 def make_result(engine: str, precision: str, ratio: int, speed: float, **changes: Any) -> Result:
     """One row at 8x128 whose p50 is 400 ms / speed."""
     p50 = 400 / speed
-    row = Result(engine, precision, ratio, 8, 128, p50, p50 * 1.03, p50 * 1.08, 40, 0.04, True, 1.0, 0, SAVED[ratio],
-                 1.0, 8000 / p50)
+    row = Result(
+        engine,
+        precision,
+        ratio,
+        8,
+        128,
+        p50,
+        p50 * 1.03,
+        p50 * 1.08,
+        40,
+        0.04,
+        True,
+        1.0,
+        0,
+        SAVED[ratio],
+        1.0,
+        8000 / p50,
+    )
     return dataclasses.replace(row, **changes)
 
 
@@ -72,16 +93,36 @@ def _results() -> list[Result]:
             for ratio, saved in SAVED.items():
                 speedup = 1 + EFFICIENCY[precision] * (1 / (1 - saved) - 1)
                 p50 = 400 * scale / base / speedup
-                rows.append(make_result(
-                    engine, precision, ratio, 1.0, batch=batch, sequence=sequence, speedup=speedup, p50_ms=p50,
-                    p90_ms=1.03 * p50, efficiency=speedup * (1 - saved), throughput_per_s=1000 * batch / p50,
-                ))
+                rows.append(
+                    make_result(
+                        engine,
+                        precision,
+                        ratio,
+                        1.0,
+                        batch=batch,
+                        sequence=sequence,
+                        speedup=speedup,
+                        p50_ms=p50,
+                        p90_ms=1.03 * p50,
+                        efficiency=speedup * (1 - saved),
+                        throughput_per_s=1000 * batch / p50,
+                    )
+                )
         for precision, base in (("fp32", 1.0), ("int8", 2.5)):
             p50 = 400 * scale / base
-            rows.append(make_result(
-                "peer:onnxruntime", precision, 1, 1.0, batch=batch, sequence=sequence, p50_ms=p50, p90_ms=1.04 * p50,
-                throughput_per_s=1000 * batch / p50,
-            ))
+            rows.append(
+                make_result(
+                    "peer:onnxruntime",
+                    precision,
+                    1,
+                    1.0,
+                    batch=batch,
+                    sequence=sequence,
+                    p50_ms=p50,
+                    p90_ms=1.04 * p50,
+                    throughput_per_s=1000 * batch / p50,
+                )
+            )
     return rows
 
 
@@ -89,5 +130,6 @@ def _quality() -> list[Quality]:
     engines = [*SPEED, ("peer:onnxruntime", "fp32"), ("peer:onnxruntime", "int8")]
     return [
         Quality(ratio, engine, precision, "spearman", "stsb dev", SCORE[ratio] - LOSS[precision], SCORE[1])
-        for engine, precision in engines for ratio in (SCORE if not engine.startswith("peer:") else (1,))
+        for engine, precision in engines
+        for ratio in (SCORE if not engine.startswith("peer:") else (1,))
     ]

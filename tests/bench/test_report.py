@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +18,14 @@ from variator.errors import VariatorError
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 EMPTY: dict[str, Any] = {
-    "results": [], "quality": [], "flops": [], "memory": [], "plugins": [], "disk": {}, "notes": [], "versions": {},
+    "results": [],
+    "quality": [],
+    "flops": [],
+    "memory": [],
+    "plugins": [],
+    "disk": {},
+    "notes": [],
+    "versions": {},
 }
 
 
@@ -118,10 +124,16 @@ def test_unstable_timings_are_counted_marked_and_admitted_in_the_finding() -> No
 
 
 def test_the_finding_states_what_the_record_holds() -> None:
-    rows = [make_result("openvino", "bf16", 1, 2.0), make_result("openvino", "bf16", 4, 5.0),
-            make_result("openvino", "bf16", 8, 8.0), make_result("peer:stock", "int8", 1, 2.0)]
-    quality = [Quality(4, "openvino", "bf16", "spearman", "dev", 0.792, 0.8),
-               Quality(8, "openvino", "bf16", "spearman", "dev", 0.7, 0.8)]
+    rows = [
+        make_result("openvino", "bf16", 1, 2.0),
+        make_result("openvino", "bf16", 4, 5.0),
+        make_result("openvino", "bf16", 8, 8.0),
+        make_result("peer:stock", "int8", 1, 2.0),
+    ]
+    quality = [
+        Quality(4, "openvino", "bf16", "spearman", "dev", 0.792, 0.8),
+        Quality(8, "openvino", "bf16", "spearman", "dev", 0.7, 0.8),
+    ]
     text = report.finding(make_record(results=rows, quality=quality))
     factor = table.times(2.5)
     assert f"ratio 4 in openvino bf16 answers {factor} as many sequences per second" in text
@@ -144,22 +156,34 @@ def test_a_stable_timing_is_preferred_for_the_finding() -> None:
 
 def test_pareto_front_holds_exactly_the_unbeaten_points() -> None:
     slow, middle, fast = Point(1, 0.9, "slow"), Point(2, 0.8, "middle"), Point(3, 0.5, "fast")
-    beaten = [Point(1.5, 0.8, "beaten by middle"), Point(2, 0.7, "as fast as middle"),
-              Point(0.5, 0.9, "as good as slow"), Point(2.5, 0.4, "beaten by fast")]
+    beaten = [
+        Point(1.5, 0.8, "beaten by middle"),
+        Point(2, 0.7, "as fast as middle"),
+        Point(0.5, 0.9, "as good as slow"),
+        Point(2.5, 0.4, "beaten by fast"),
+    ]
     assert report.pareto([beaten[0], fast, beaten[1], slow, beaten[2], middle, beaten[3]]) == [slow, middle, fast]
     assert report.pareto([]) == []
     assert report.pareto([fast]) == [fast]
 
 
 def test_quality_is_joined_with_the_largest_shape_by_engine_precision_and_ratio() -> None:
-    rows = [make_result("openvino", "bf16", 4, 4.0), make_result("openvino", "bf16", 4, 9.0, sequence=64),
-            make_result("openvino", "fp32", 4, 2.0), make_result("peer:stock", "fp32", 1, 1.0)]
-    quality = [Quality(4, "openvino", "bf16", "spearman", "dev", 0.85, 0.87),
-               Quality(1, "peer:stock", "fp32", "spearman", "dev", 0.87, 0.87),
-               Quality(2, "openvino", "fp32", "spearman", "dev", 0.86, 0.87)]
+    rows = [
+        make_result("openvino", "bf16", 4, 4.0),
+        make_result("openvino", "bf16", 4, 9.0, sequence=64),
+        make_result("openvino", "fp32", 4, 2.0),
+        make_result("peer:stock", "fp32", 1, 1.0),
+    ]
+    quality = [
+        Quality(4, "openvino", "bf16", "spearman", "dev", 0.85, 0.87),
+        Quality(1, "peer:stock", "fp32", "spearman", "dev", 0.87, 0.87),
+        Quality(2, "openvino", "fp32", "spearman", "dev", 0.86, 0.87),
+    ]
     points = report.quality_points(make_record(results=rows, quality=quality))
     assert [(point.label, point.throughput, point.peer) for point in points] == [
-        ("openvino bf16 k=4", 80.0, False), ("stock fp32", 20.0, True)]
+        ("openvino bf16 k=4", 80.0, False),
+        ("stock fp32", 20.0, True),
+    ]
 
 
 @pytest.mark.parametrize("field", EMPTY)
@@ -205,7 +229,7 @@ def test_write_leaves_the_page_and_nothing_else(tmp_path: Path) -> None:
     path.write_text("old")
     report.write(make_record(**EMPTY), path)
     assert path.read_text(encoding="utf-8").endswith("</html>")
-    assert os.listdir(tmp_path) == ["report.html"]
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_an_interrupted_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +242,7 @@ def test_an_interrupted_write_keeps_the_old_page(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(VariatorError, match="No space left on device"):
         report.write(make_record(**EMPTY), path)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:

@@ -47,8 +47,12 @@ def test_every_shape_has_a_latency_table_with_every_row() -> None:
 
 
 def test_speed_is_compared_with_the_fastest_peer_of_the_same_shape() -> None:
-    rows = [make_result("onnxruntime", "fp32", 4, 4.0), make_result("peer:slow", "fp32", 1, 1.0),
-            make_result("peer:fast", "int8", 1, 2.0), make_result("peer:elsewhere", "int8", 1, 9.0, sequence=64)]
+    rows = [
+        make_result("onnxruntime", "fp32", 4, 4.0),
+        make_result("peer:slow", "fp32", 1, 1.0),
+        make_result("peer:fast", "int8", 1, 2.0),
+        make_result("peer:elsewhere", "int8", 1, 9.0, sequence=64),
+    ]
     found = grid(make_record(results=rows), "Latency, batch 8 of 128")
     assert found.rows[0].cells[6] == table.times(2.0)
     assert found.note == "Peer to beat: fast int8."

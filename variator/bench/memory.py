@@ -23,7 +23,9 @@ def pss_bytes() -> int:
     for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
-    raise EngineError("this kernel does not report the proportional set size", valid="Linux with /proc/self/smaps_rollup")
+    raise EngineError(
+        "this kernel does not report the proportional set size", valid="Linux with /proc/self/smaps_rollup"
+    )
 
 
 def measure(bundle: Path, engine: str, precision: str, shape: tuple[int, int]) -> list[Memory]:

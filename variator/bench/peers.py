@@ -42,13 +42,17 @@ class Plain(nn.Module):
         self.head = backbone.model.head if backbone.task in ("embed", "hidden") else None
         self.outputs = backbone.outputs
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> tuple[Any, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Any, ...]:
         """int64 [batch, S] each -> the task's outputs."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         result = self.original(input_ids=input_ids, attention_mask=attention_mask, **types)
         if self.head is None:
             return tuple(getattr(result, name) for name in self.outputs)
-        outputs: tuple[Any, ...] = self.head(result.last_hidden_state, attention_mask.to(result.last_hidden_state.dtype))
+        outputs: tuple[Any, ...] = self.head(
+            result.last_hidden_state, attention_mask.to(result.last_hidden_state.dtype)
+        )
         return outputs
 
 
@@ -107,12 +111,17 @@ def _export_stock(backbone: Backbone, directory: Path) -> None:
         assert program is not None
         program.save(directory / "plain.onnx", external_data=True)
         model = optimizer.optimize_model(
-            str(directory / "plain.onnx"), OPTIMISER_TYPES[backbone.family], num_heads=backbone.config.heads,
-            hidden_size=backbone.config.hidden_size, opt_level=0, only_onnxruntime=False,
+            str(directory / "plain.onnx"),
+            OPTIMISER_TYPES[backbone.family],
+            num_heads=backbone.config.heads,
+            hidden_size=backbone.config.hidden_size,
+            opt_level=0,
+            only_onnxruntime=False,
         )
         model.save_model_to_file(str(directory / "fp32.onnx"), use_external_data_format=True)
-        quantize_dynamic(directory / "fp32.onnx", directory / "int8.onnx", weight_type=QuantType.QInt8,
-                         use_external_data_format=True)
+        quantize_dynamic(
+            directory / "fp32.onnx", directory / "int8.onnx", weight_type=QuantType.QInt8, use_external_data_format=True
+        )
     for path in directory.glob("plain.onnx*"):
         path.unlink()
 

@@ -46,14 +46,17 @@ def read_pairs(path: Path) -> Pairs:
     number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 row = json.loads(line)
                 pairs.first.append(str(row["sentence1"]))
                 pairs.second.append(str(row["sentence2"]))
                 pairs.gold.append(float(row["label"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{path}, line {number}: {type(error).__name__} {error}",
-                          valid='rows like {"sentence1": "…", "sentence2": "…", "label": 3.5}') from error
+        raise CorpusError(
+            f"{path}, line {number}: {type(error).__name__} {error}",
+            valid='rows like {"sentence1": "…", "sentence2": "…", "label": 3.5}',
+        ) from error
     return pairs
 
 
@@ -86,7 +89,9 @@ class Judge:
         scores = [Quality(ratio, engine, precision, "cosine", "sentences", cosine, 1.0)]
         if self._pairs and self._reference_spearman is not None:
             value = self._spearman(encode)
-            scores.append(Quality(ratio, engine, precision, "spearman", self._pairs.name, value, self._reference_spearman))
+            scores.append(
+                Quality(ratio, engine, precision, "spearman", self._pairs.name, value, self._reference_spearman)
+            )
         return scores
 
     def _spearman(self, encode: Encode) -> float:

@@ -160,10 +160,15 @@ class Record:
             if data["schema"] != SCHEMA:
                 raise InputError(f"record of schema {data['schema']!r}", valid=SCHEMA, fix="run `variator bench` again")
             parts = {"plugins": Plugin, "flops": Flops, "results": Result, "quality": Quality, "memory": Memory}
-            lists = {name: [kind(**row) for row in data[name]] for name, kind in parts.items()}
+            lists: dict[str, Any] = {name: [kind(**row) for row in data[name]] for name, kind in parts.items()}
             return Record(
-                machine=Machine(**data["machine"]), model=Model(**data["model"]), command=data["command"],
-                versions=data["versions"], disk=data["disk"], notes=data["notes"], **lists,
+                machine=Machine(**data["machine"]),
+                model=Model(**data["model"]),
+                command=data["command"],
+                versions=data["versions"],
+                disk=data["disk"],
+                notes=data["notes"],
+                **lists,
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"not a benchmark record: {error}", valid=f"JSON of schema {SCHEMA}") from error

@@ -75,8 +75,14 @@ def html(record: Record) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE).render(
-        record=record, header=table.header(record), finding=finding(record), caveats=caveats(record),
-        plots=plots(record), grids=table.grids(record), absent=table.not_measured(record), clean=table.clean,
+        record=record,
+        header=table.header(record),
+        finding=finding(record),
+        caveats=caveats(record),
+        plots=plots(record),
+        grids=table.grids(record),
+        absent=table.not_measured(record),
+        clean=table.clean,
     )
 
 
@@ -104,8 +110,7 @@ def finding(record: Record) -> str:
 
 
 def headline(record: Record, shape: table.Shape) -> Result | None:
-    """Our fastest compressed row that loses at most 2 % of the main score; failing that our fastest, stable ones first.
-    """
+    """Our fastest compressed row that loses at most 2 % of the main score; failing that our fastest stable one."""
 
     def merit(row: Result) -> tuple[bool, bool, bool, float]:
         return row.ratio > 1, _tolerable(record, row), row.stable, row.throughput_per_s
@@ -142,9 +147,13 @@ def quality_points(record: Record) -> list[Point]:
     scores, doubtful = table.main_quality(record), table.untrained_ratios(record)
     rows = table.at(record, table.largest(table.shapes(record))) if record.results else []
     return [
-        Point(row.throughput_per_s, scores[table.key(row)].value,
-              _series(row) + f" k={row.ratio}" * (not table.is_peer(row)) + " (untrained)" * (row.ratio in doubtful),
-              table.is_peer(row), row.stable)
+        Point(
+            row.throughput_per_s,
+            scores[table.key(row)].value,
+            _series(row) + f" k={row.ratio}" * (not table.is_peer(row)) + " (untrained)" * (row.ratio in doubtful),
+            table.is_peer(row),
+            row.stable,
+        )
         for row in rows
         if table.key(row) in scores and math.isfinite(row.throughput_per_s * scores[table.key(row)].value)
     ]
@@ -188,11 +197,27 @@ def plots(record: Record) -> list[Plot]:
 
     settings: dict[Any, Any] = {
         "svg.hashsalt": "variator",  # ids must not change from run to run
-        "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
-        "axes.edgecolor": LINE, "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED, "grid.color": LINE, "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.grid": True,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9,
-        "axes.titlesize": 10, "axes.titlelocation": "left", "lines.markersize": 6.5,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": LINE,
+        "xtick.color": LINE,
+        "ytick.color": LINE,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED,
+        "grid.color": LINE,
+        "grid.linewidth": 0.7,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "lines.markersize": 6.5,
     }
     with matplotlib.rc_context(settings):
         painters = (_quality_plot, _speedup_plot, _flops_plot, _length_plot, _size_plot)
@@ -213,7 +238,7 @@ def _draw(size: tuple[float, float], title: str, paint: Callable[[Axes], None]) 
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     needless = r'<metadata>.*?</metadata>|<!--.*?-->|\sxmlns(:\w+)?="[^"]*"'  # an HTML parser knows the namespaces
-    text = re.sub(needless, "", text[text.index("<svg"):], flags=re.DOTALL)
+    text = re.sub(needless, "", text[text.index("<svg") :], flags=re.DOTALL)
     slug = re.sub(r"[^a-z0-9]+", "-", title.lower())
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{slug}-", text)
     for placeholder, variable in VARIABLES.items():
@@ -234,12 +259,26 @@ def _speedup_plot(record: Record) -> Plot | None:
         main = [row for row in rows if (row.batch, row.sequence) == shape]
         ideal = {row.ratio: row.flops_saved for row in main if row.ratio > 1 and row.flops_saved < 1}
         for ratio, saved in ideal.items():
-            axes.annotate(f"k={ratio}", (saved, 1 / (1 - saved)), (-4, 5), textcoords="offset points", ha="right",
-                          fontsize=9, color=MUTED)
+            axes.annotate(
+                f"k={ratio}",
+                (saved, 1 / (1 - saved)),
+                (-4, 5),
+                textcoords="offset points",
+                ha="right",
+                fontsize=9,
+                color=MUTED,
+            )
         for index, (label, group) in enumerate(_by_series(rows).items()):
             others = [row for row in group if row not in main]
-            axes.scatter([row.flops_saved for row in others], [row.speedup for row in others], s=12, alpha=0.45,
-                         color=SERIES[index % len(SERIES)], marker=MARKERS[index % len(MARKERS)], linewidth=0)
+            axes.scatter(
+                [row.flops_saved for row in others],
+                [row.speedup for row in others],
+                s=12,
+                alpha=0.45,
+                color=SERIES[index % len(SERIES)],
+                marker=MARKERS[index % len(MARKERS)],
+                linewidth=0,
+            )
             line = sorted((row for row in group if row in main), key=lambda row: row.flops_saved)
             _curve(axes, line, [row.flops_saved for row in line], [row.speedup for row in line], index, _short(label))
         axes.set(xlabel="FLOPs saved", ylabel="speed-up over ratio 1")
@@ -271,8 +310,14 @@ def _length_panel(record: Record, title: str, rows: list[Result]) -> str:
     def paint(axes: Axes) -> None:
         peers = [peer for length in lengths if (peer := table.peer_to_beat(record, (rows[0].batch, length)))]
         if peers:
-            axes.plot([row.sequence for row in peers], [row.p50_ms for row in peers], color=MUTED, linestyle="--",
-                      linewidth=1.2, label="fastest peer")
+            axes.plot(
+                [row.sequence for row in peers],
+                [row.p50_ms for row in peers],
+                color=MUTED,
+                linestyle="--",
+                linewidth=1.2,
+                label="fastest peer",
+            )
         for index, ratio in enumerate(sorted({row.ratio for row in rows})):
             line = sorted((row for row in rows if row.ratio == ratio), key=lambda row: row.sequence)
             _curve(axes, line, [row.sequence for row in line], [row.p50_ms for row in line], index, f"k={ratio}")
@@ -295,14 +340,29 @@ def _quality_plot(record: Record) -> Plot | None:
 
     def paint(axes: Axes) -> None:
         front = pareto(points)
-        axes.plot([point.throughput for point in front], [point.quality for point in front], drawstyle="steps-pre",
-                  color=SERIES[2], linewidth=1.6, label="Pareto front", zorder=2)
+        axes.plot(
+            [point.throughput for point in front],
+            [point.quality for point in front],
+            drawstyle="steps-pre",
+            color=SERIES[2],
+            linewidth=1.6,
+            label="Pareto front",
+            zorder=2,
+        )
         for peer, colour, marker, label in ((False, SERIES[0], "o", "variator"), (True, SERIES[1], "D", "peer")):
             group = [point for point in points if point.peer == peer]
             if group:
-                axes.scatter([point.throughput for point in group], [point.quality for point in group], s=36,
-                             marker=marker, edgecolor=colour, linewidth=1.3, label=label, zorder=3,
-                             color=[colour if point.stable else PAPER for point in group])
+                axes.scatter(
+                    [point.throughput for point in group],
+                    [point.quality for point in group],
+                    s=36,
+                    marker=marker,
+                    edgecolor=colour,
+                    linewidth=1.3,
+                    label=label,
+                    zorder=3,
+                    color=[colour if point.stable else PAPER for point in group],
+                )
         axes.set_xlabel(f"sequences per second at {shape} tokens")
         axes.set_ylabel(_short(table.clean(f"{score.metric}, {score.split}")))
         axes.margins(0.1, 0.14)
@@ -333,13 +393,17 @@ def _label(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
         label = _short(point.label)
         width, height = 4.9 * len(label) * unit, 9 * unit
         sides = [(side, up) for up in (0, 1, -1, 2, -2) for side in (0, -1, -0.5)]
-        boxes = [(left, low, left + width, low + height) for side, up in sides
-                 for left, low in [(x + side * width + (7 + 14 * side) * unit, y + up * 11 * unit - height / 2)]]
+        boxes = [
+            (left, low, left + width, low + height)
+            for side, up in sides
+            for left, low in [(x + side * width + (7 + 14 * side) * unit, y + up * 11 * unit - height / 2)]
+        ]
         best = min(boxes, key=cost)
         taken.append(best)
         offset = (best[0] - x) / unit, (best[1] - y) / unit + 1.5
-        axes.annotate(label, (point.throughput, point.quality), offset, textcoords="offset points", fontsize=8.5,
-                      color=MUTED)
+        axes.annotate(
+            label, (point.throughput, point.quality), offset, textcoords="offset points", fontsize=8.5, color=MUTED
+        )
 
 
 def _flops_plot(record: Record) -> Plot | None:
@@ -359,8 +423,15 @@ def _flops_plot(record: Record) -> Plot | None:
             left = [start + width for start, width in zip(left, widths, strict=True)]
         for position, row in enumerate(rows):
             text = f"{table.percent(row.saved, 0)} saved" if row.saved else ""
-            axes.annotate(text, (left[position], position), (5, 0), textcoords="offset points", va="center", fontsize=9,
-                          color=MUTED)
+            axes.annotate(
+                text,
+                (left[position], position),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=MUTED,
+            )
         axes.set(xlabel="share of the largest total", xlim=(0, 1.02))
         axes.xaxis.set_major_formatter(_percent_tick)
         axes.grid(False, axis="y")
@@ -389,8 +460,15 @@ def _bars(title: str, values: Sequence[tuple[str, float]]) -> str:
     def paint(axes: Axes) -> None:
         axes.barh(range(len(values)), [number / 1e6 for _, number in values], 0.62, color=SERIES[0])
         for position, (_, number) in enumerate(values):
-            axes.annotate(table.size(number), (max(number, 0) / 1e6, position), (5, 0), va="center",
-                          textcoords="offset points", fontsize=9, color=MUTED)
+            axes.annotate(
+                table.size(number),
+                (max(number, 0) / 1e6, position),
+                (5, 0),
+                va="center",
+                textcoords="offset points",
+                fontsize=9,
+                color=MUTED,
+            )
         axes.set(xlabel="MB", title=title)
         axes.set_yticks(range(len(values)), [_short(table.clean(label)) for label, _ in values])
         axes.invert_yaxis()
@@ -405,8 +483,14 @@ def _curve(axes: Axes, rows: Sequence[Result], x: Sequence[float], y: Sequence[f
     colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
     axes.plot(x, y, color=colour, marker=marker, linewidth=1.4, label=label)
     shaky = [position for position, row in enumerate(rows) if not row.stable]
-    axes.plot([x[position] for position in shaky], [y[position] for position in shaky], color=colour, marker=marker,
-              linestyle="none", markerfacecolor=PAPER)
+    axes.plot(
+        [x[position] for position in shaky],
+        [y[position] for position in shaky],
+        color=colour,
+        marker=marker,
+        linestyle="none",
+        markerfacecolor=PAPER,
+    )
 
 
 def _by_series(rows: Iterable[Result]) -> dict[str, list[Result]]:
@@ -418,7 +502,7 @@ def _by_series(rows: Iterable[Result]) -> dict[str, list[Result]]:
 
 def _short(text: str) -> str:
     """A label that leaves room for the drawing."""
-    return text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL - 11]}\N{HORIZONTAL ELLIPSIS}{text[-10:]}"
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 11]}\N{HORIZONTAL ELLIPSIS}{text[-10:]}"
 
 
 def _percent_tick(value: float, _: float) -> str:

@@ -85,8 +85,11 @@ def bench(
     built = built_engines(bundle, settings.engines)
     ratios = settings.ratios or tuple(bundle.ratios)
     backbone, peers = _peers(bundle, settings, threads, on_stage)
-    flops = {(ratio, length): count_flops(bundle.graph(ratio), length)
-             for ratio in {1, *ratios} for length in {length for _, length in settings.shapes}}
+    flops = {
+        (ratio, length): count_flops(bundle.graph(ratio), length)
+        for ratio in {1, *ratios}
+        for length in {length for _, length in settings.shapes}
+    }
     results: list[Result] = []
     quality: list[Quality] = []
     memories: list[Memory] = []
@@ -123,8 +126,10 @@ def _check(bundle: Bundle, settings: BenchSettings) -> None:
         bundle.ratio(ratio)
     for batch, length in settings.shapes:
         if batch < 1 or not 1 <= length <= bundle.manifest.max_length:
-            raise InputError(f"shape {batch}x{length} cannot be measured",
-                             valid=f"batch 1 or more, length 1 to {bundle.manifest.max_length}")
+            raise InputError(
+                f"shape {batch}x{length} cannot be measured",
+                valid=f"batch 1 or more, length 1 to {bundle.manifest.max_length}",
+            )
 
 
 def built_engines(bundle: Bundle, names: Sequence[str]) -> list[BuiltEngine]:
@@ -133,7 +138,7 @@ def built_engines(bundle: Bundle, names: Sequence[str]) -> list[BuiltEngine]:
     Raises:
         EngineError: If there is none, or none of an asked backend.
     """
-    found = []
+    found: list[BuiltEngine] = []
     for name in names or BACKENDS:
         precisions = BACKENDS[name].precisions() if name in BACKENDS and not BACKENDS[name].missing() else [None]
         before = len(found)
@@ -160,8 +165,10 @@ def _peers(
     on_stage("loading the peers")
     backbone = load_backbone(settings.model, bundle.manifest.task)
     if backbone.fingerprint != bundle.manifest.backbone:
-        raise InputError(f"{settings.model} is not the checkpoint that {bundle.path} was exported from",
-                         valid=f"the checkpoint of {bundle.manifest.model}")
+        raise InputError(
+            f"{settings.model} is not the checkpoint that {bundle.path} was exported from",
+            valid=f"the checkpoint of {bundle.manifest.model}",
+        )
     return backbone, load_peers(backbone, bundle.path / "engines", threads, on_stage)
 
 
@@ -189,7 +196,8 @@ def _time(
     feed = _full_feed(bundle, batch, length)
     timings = race(
         {index: (lambda runner=runner: runner.run(feed)) for index, runner in enumerate(runners)},  # type: ignore[misc]
-        settings.runs, budget_s=settings.budget_s,
+        settings.runs,
+        budget_s=settings.budget_s,
     )
     first = {(r.engine, r.precision): timings[index] for index, r in enumerate(runners) if r.ratio == 1}
     return [
@@ -201,15 +209,21 @@ def _time(
 def _full_feed(bundle: Bundle, batch: int, length: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
     """Random tokens without padding: every token of the shape is real work."""
     rng = np.random.default_rng(0)
-    feed = {"input_ids": rng.integers(0, bundle.manifest.vocabulary, (batch, length)),
-            "attention_mask": np.ones((batch, length), np.int64)}
+    feed = {
+        "input_ids": rng.integers(0, bundle.manifest.vocabulary, (batch, length)),
+        "attention_mask": np.ones((batch, length), np.int64),
+    }
     if "token_type_ids" in bundle.manifest.inputs:
         feed["token_type_ids"] = np.zeros((batch, length), np.int64)
     return feed
 
 
 def _result(
-    runner: Runner, timing: Timing, first: Timing, shape: tuple[int, int], flops: Mapping[tuple[int, int], Mapping[str, int]]
+    runner: Runner,
+    timing: Timing,
+    first: Timing,
+    shape: tuple[int, int],
+    flops: Mapping[tuple[int, int], Mapping[str, int]],
 ) -> Result:
     batch, length = shape
     whole, total = flops[1, length]["total"], flops[runner.ratio, length]["total"]
@@ -245,7 +259,7 @@ def _quality(
     pairs: Pairs | None = read_pairs(settings.pairs) if settings.pairs else None
     scores: list[Quality] = []
     encoders: list[tuple[Encode, int, str, str]] = []
-    with _runtimes(bundle, built, settings.threads) as runtimes:
+    with _Runtimes(bundle, built, settings.threads) as runtimes:
         any_runtime = runtimes[0]
         for runtime, found in zip(runtimes, built, strict=True):
             for ratio in sorted({1, *ratios}):
@@ -264,7 +278,7 @@ def _quality(
     return scores
 
 
-class _runtimes:
+class _Runtimes:
     """Runtimes of several engines at once, closed together."""
 
     def __init__(self, bundle: Bundle, built: Sequence[BuiltEngine], threads: int) -> None:
@@ -307,7 +321,9 @@ def _padded_feed(runtime: Runtime, texts: Sequence[str]) -> Feed:
 
 def _machine() -> Machine:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Machine(machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now)
+    return Machine(
+        machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now
+    )
 
 
 def _model(bundle: Bundle) -> Model:
@@ -328,9 +344,15 @@ def _versions() -> dict[str, str]:
 def _plugins(bundle: Bundle, ratios: Sequence[int]) -> list[Plugin]:
     entries = {ratio: bundle.ratio(ratio) for ratio in ratios if ratio > 1}
     return [
-        Plugin(ratio, entry.rank, entry.activation, entry.plugin_parameters,
-               round(entry.plugin_parameters / bundle.manifest.parameters, 5), entry.untrained,
-               {key: value for key, value in entry.training.items() if key != "losses"})
+        Plugin(
+            ratio,
+            entry.rank,
+            entry.activation,
+            entry.plugin_parameters,
+            round(entry.plugin_parameters / bundle.manifest.parameters, 5),
+            entry.untrained,
+            {key: value for key, value in entry.training.items() if key != "losses"},
+        )
         for ratio, entry in entries.items()
     ]
 
@@ -339,8 +361,13 @@ def _flops(
     settings: BenchSettings, ratios: Sequence[int], flops: Mapping[tuple[int, int], Mapping[str, int]]
 ) -> list[Flops]:
     return [
-        Flops(ratio, batch, length, **{part: count * batch for part, count in flops[ratio, length].items()},
-              saved=round(1 - flops[ratio, length]["total"] / flops[1, length]["total"], 4))
+        Flops(
+            ratio,
+            batch,
+            length,
+            **{part: count * batch for part, count in flops[ratio, length].items()},
+            saved=round(1 - flops[ratio, length]["total"] / flops[1, length]["total"], 4),
+        )
         for batch, length in settings.shapes
         for ratio in sorted({1, *ratios})
     ]

@@ -182,8 +182,14 @@ def untrained_ratios(record: Record) -> set[int]:
 def not_measured(record: Record) -> list[str]:
     """What the record holds nothing about, so that a missing table is not taken for an oversight."""
     peers = [row for row in record.results if is_peer(row)]
-    parts = {"latency": record.results, "peers": peers, "quality": record.quality, "FLOPs": record.flops,
-             "memory": record.memory, "disk": record.disk}
+    parts = {
+        "latency": record.results,
+        "peers": peers,
+        "quality": record.quality,
+        "FLOPs": record.flops,
+        "memory": record.memory,
+        "disk": record.disk,
+    }
     return [part for part, rows in parts.items() if not rows]
 
 
@@ -271,14 +277,34 @@ def over_peer(row: Result, peer: Result | None) -> float:
 def _latency(record: Record, shape: Shape) -> Grid:
     peer = peer_to_beat(record, shape)
     rows = [
-        Row((name(row.engine), clean(row.precision), str(row.ratio), significant(row.p50_ms), significant(row.p90_ms),
-             *_gains(row, peer, significant(row.throughput_per_s)),
-             MISSING if is_peer(row) else percent(row.efficiency, 0), "stable" if row.stable else "unstable"),
-            "unstable" if not row.stable else "peer" if is_peer(row) else "")
+        Row(
+            (
+                name(row.engine),
+                clean(row.precision),
+                str(row.ratio),
+                significant(row.p50_ms),
+                significant(row.p90_ms),
+                *_gains(row, peer, significant(row.throughput_per_s)),
+                MISSING if is_peer(row) else percent(row.efficiency, 0),
+                "stable" if row.stable else "unstable",
+            ),
+            "unstable" if not row.stable else "peer" if is_peer(row) else "",
+        )
         for row in at(record, shape)
     ]
-    columns = ("engine", "precision", "ratio", "p50\nms", "p90\nms", "over\nratio 1", "over\npeer", "per\nsecond",
-               "FLOPs\nsaved", "effi-\nciency", "timing")
+    columns = (
+        "engine",
+        "precision",
+        "ratio",
+        "p50\nms",
+        "p90\nms",
+        "over\nratio 1",
+        "over\npeer",
+        "per\nsecond",
+        "FLOPs\nsaved",
+        "effi-\nciency",
+        "timing",
+    )
     note = ""
     if peer:
         note = f"Peer to beat: {name(peer.engine).removeprefix(PEER).strip()} {clean(peer.precision)}"
@@ -289,9 +315,19 @@ def _latency(record: Record, shape: Shape) -> Grid:
 def _quality(record: Record) -> Grid:
     doubtful = untrained_ratios(record)
     rows = [
-        Row((name(row.engine), clean(row.precision), clean(row.metric), clean(row.split), str(row.ratio),
-             decimal(row.value, 4), decimal(row.reference, 4), percent(relative_drop(row), 2)),
-            "untrained" if row.ratio in doubtful else "peer" if is_peer(row) else "")
+        Row(
+            (
+                name(row.engine),
+                clean(row.precision),
+                clean(row.metric),
+                clean(row.split),
+                str(row.ratio),
+                decimal(row.value, 4),
+                decimal(row.reference, 4),
+                percent(relative_drop(row), 2),
+            ),
+            "untrained" if row.ratio in doubtful else "peer" if is_peer(row) else "",
+        )
         for row in record.quality
     ]
     columns = ("engine", "precision", "metric", "split", "ratio", "value", "reference", "relative\ndrop")
@@ -301,9 +337,14 @@ def _quality(record: Record) -> Grid:
 
 def _flops(record: Record) -> Grid:
     rows = [
-        Row((tokens((row.batch, row.sequence)), str(row.ratio),
-             *(size(part, "FLOP") for part in (row.attention, row.ffn, row.plugin, row.head, row.total)),
-             percent(row.saved)))
+        Row(
+            (
+                tokens((row.batch, row.sequence)),
+                str(row.ratio),
+                *(size(part, "FLOP") for part in (row.attention, row.ffn, row.plugin, row.head, row.total)),
+                percent(row.saved),
+            )
+        )
         for row in sorted(record.flops, key=lambda row: (row.batch * row.sequence, row.sequence, row.ratio))
     ]
     columns = ("shape", "ratio", "attention", "FFN", "plugin", "head", "total", "saved")
@@ -312,8 +353,14 @@ def _flops(record: Record) -> Grid:
 
 def _memory(record: Record) -> Grid:
     rows = [
-        Row((name(row.engine), clean(row.precision), ", ".join(map(str, row.ratios)),
-             *(MISSING if figure is None else size(figure) for figure in (row.first, row.further, row.all))))
+        Row(
+            (
+                name(row.engine),
+                clean(row.precision),
+                ", ".join(map(str, row.ratios)),
+                *(MISSING if figure is None else size(figure) for figure in (row.first, row.further, row.all)),
+            )
+        )
         for row in footprints(record)
     ]
     columns = ("engine", "precision", "ratios", "first ratio", "per further\nratio", "all ratios")
@@ -331,9 +378,17 @@ def _disk(record: Record) -> Grid:
 
 def _plugins(record: Record) -> Grid:
     rows = [
-        Row((str(plugin.ratio), str(plugin.rank), clean(plugin.activation), f"{plugin.parameters:,}",
-             percent(plugin.share, 2), "UNTRAINED" if plugin.untrained else "trained"),
-            "untrained" if plugin.untrained else "")
+        Row(
+            (
+                str(plugin.ratio),
+                str(plugin.rank),
+                clean(plugin.activation),
+                f"{plugin.parameters:,}",
+                percent(plugin.share, 2),
+                "UNTRAINED" if plugin.untrained else "trained",
+            ),
+            "untrained" if plugin.untrained else "",
+        )
         for plugin in record.plugins
     ]
     columns = ("ratio", "rank", "activation", "parameters", "share of\nbackbone", "state")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+import variator
 from variator import machine
 from variator.engines.base import Backend, Engine, Feed
 from variator.engines.onnxruntime import OnnxRuntimeBackend
@@ -73,7 +74,9 @@ class BuiltEngine:
         """
         found = {name: entry for name, entry in list_files(self.directory).items() if name != ENGINE_FILE}
         if found != self.record.files:
-            wrong = sorted(n for n in found.keys() | self.record.files.keys() if found.get(n) != self.record.files.get(n))
+            wrong = sorted(
+                n for n in found.keys() | self.record.files.keys() if found.get(n) != self.record.files.get(n)
+            )
             raise EngineError(
                 f"{self.directory / wrong[0]} is missing or has changed since it was built",
                 fix=f"variator build {self.directory.parent.parent} --engine {self.record.backend} "
@@ -114,6 +117,7 @@ def build_key(bundle: Bundle, backend: Backend, precision: str) -> str:
     graphs = {name: entry.sha256 for name, entry in bundle.manifest.files.items() if name.endswith((".onnx", ".data"))}
     parts = {
         "format": ENGINE_FORMAT,
+        "variator": variator.__version__,
         "backend": backend.name,
         "version": importlib.metadata.version(backend.distribution),
         "precision": precision,
@@ -166,7 +170,13 @@ def build(
 
 
 def _build(
-    bundle: Bundle, backend: Backend, precision: str, name: str, directory: Path, threads: int, on_stage: Callable[[str], None]
+    bundle: Bundle,
+    backend: Backend,
+    precision: str,
+    name: str,
+    directory: Path,
+    threads: int,
+    on_stage: Callable[[str], None],
 ) -> None:
     on_stage(f"compiling {len(bundle.ratios)} ratios with {backend.name} in {precision}")
     backend.compile(bundle, precision, directory)
@@ -177,15 +187,24 @@ def _build(
         on_stage(f"checking ratio {ratio} against PyTorch")
         engine = backend.load(bundle, precision, directory, ratio, threads)
         if engine.precision != precision:
-            raise EngineError(f"{backend.name} built {engine.precision} where {precision} was asked for",
-                              valid=", ".join(backend.precisions()), fix=f"--precision {engine.precision}")
+            raise EngineError(
+                f"{backend.name} built {engine.precision} where {precision} was asked for",
+                valid=", ".join(backend.precisions()),
+                fix=f"--precision {engine.precision}",
+            )
         label = f"{backend.name} {precision} ratio {ratio}"
         errors[str(ratio)] = compare(label, precision, cases, ratio, engine.run)
         probes[str(ratio)] = _time(engine, probe)
         engine.close()
     record = EngineRecord(
-        backend.name, precision, name.rsplit("-", 1)[-1], importlib.metadata.version(backend.distribution),
-        machine.cpu_name(), errors, probes, list_files(directory),
+        backend.name,
+        precision,
+        name.rsplit("-", 1)[-1],
+        importlib.metadata.version(backend.distribution),
+        machine.cpu_name(),
+        errors,
+        probes,
+        list_files(directory),
     )
     write_atomically(directory / ENGINE_FILE, json.dumps(asdict(record), indent=1) + "\n")
 
@@ -195,8 +214,10 @@ def _probe_feed(bundle: Bundle) -> Feed:
     length = min(length, bundle.manifest.max_length)
     feed = make_feeds(bundle.manifest.inputs, bundle.manifest.vocabulary, length)[-1]
     whole = np.ones((batch, length), np.int64)
-    return {name: np.resize(values, whole.shape) if name == "input_ids" else whole * (name == "attention_mask")
-            for name, values in feed.items()}
+    return {
+        name: np.resize(values, whole.shape) if name == "input_ids" else whole * (name == "attention_mask")
+        for name, values in feed.items()
+    }
 
 
 def _time(engine: Engine, feed: Feed, runs: int = 7) -> float:
@@ -241,7 +262,9 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
     candidates, stale = [], []
     for directory in sorted((bundle.path / "engines").glob("*-*-*")):
         name, found, _ = directory.name.rsplit("-", 2)
-        wanted = engine in ("auto", name) and (precision == found or (precision is None and (found != "int8" or engine == name)))
+        wanted = engine in ("auto", name) and (
+            precision == found or (precision is None and (found != "int8" or engine == name))
+        )
         if not wanted or name not in BACKENDS:
             continue
         if BACKENDS[name].missing() or directory.name.rsplit("-", 1)[-1] != build_key(bundle, BACKENDS[name], found):
@@ -250,10 +273,16 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
         candidates.append(BuiltEngine(directory, _read_record(directory)))
     if not candidates:
         asked = f"--engine {engine}" + (f" --precision {precision}" if precision else "")
-        what = f"the engines built for {bundle.path} ({', '.join(stale)}) are stale" if stale else \
-            f"no engine is built for {bundle.path} that fits {asked}"
-        raise EngineError(what, valid="an engine built on this machine, by this library version, from this export",
-                          fix=f"variator build {bundle.path} {asked}")
+        what = (
+            f"the engines built for {bundle.path} ({', '.join(stale)}) are stale"
+            if stale
+            else f"no engine is built for {bundle.path} that fits {asked}"
+        )
+        raise EngineError(
+            what,
+            valid="an engine built on this machine, by this library version, from this export",
+            fix=f"variator build {bundle.path} {asked}",
+        )
     speed = {c.directory.name: statistics.fmean(c.record.probe_ms.values()) for c in candidates}
     # An engine asked for by name prefers its lossless precisions too.
     best = min(candidates, key=lambda c: (c.record.precision == "int8", speed[c.directory.name]))
@@ -285,8 +314,10 @@ def load_engine(bundle: Bundle, built: BuiltEngine, ratio: int, threads: int = 0
     backend = BACKENDS[built.record.backend]
     engine = backend.load(bundle, built.record.precision, built.directory, ratio, threads or machine.cores())
     if engine.precision != built.record.precision:
-        raise EngineError(f"{built.directory} runs in {engine.precision}, its record says {built.record.precision}",
-                          fix=f"variator build {bundle.path} --engine {backend.name} --rebuild")
+        raise EngineError(
+            f"{built.directory} runs in {engine.precision}, its record says {built.record.precision}",
+            fix=f"variator build {bundle.path} --engine {backend.name} --rebuild",
+        )
     return engine
 
 

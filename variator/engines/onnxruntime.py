@@ -1,7 +1,7 @@
 """ONNX Runtime on CPUs: fp32 and int8 (dynamic), every ratio's weights mapped from one common file.
 
 Sessions share nothing by themselves: each packs its matrices on the heap. So ONNX Runtime writes its optimised
-graphs with the packed matrices beside the weights, and `_merge` points the graphs of all ratios at one
+graphs with the packed matrices beside the weights, and `gather` points the graphs of all ratios at one
 content-addressed file, which every session maps. On load ONNX Runtime packs again, looks for the result's hash
 among the entries of the graph, and on a hit drops its copy for the mapped one: a file made on another kind of
 CPU only loses the sharing.
@@ -10,16 +10,15 @@ CPU only loses the sharing.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from variator import machine
 from variator.engines.base import Feed, Outputs
+from variator.engines.quantise import RECIPE, quantise_dynamic, reduce_range
 from variator.errors import EngineError
 from variator.toolkit.bundle import Bundle
-from variator.toolkit.weights import INLINE_BYTES, WeightStore, check_external_data, external_tensors
+from variator.toolkit.weights import INLINE_BYTES, check_external_data, gather
 
 if TYPE_CHECKING:
     import onnx
@@ -71,7 +70,7 @@ class OnnxRuntimeBackend:
         """See `Backend.options`."""
         options = {"disabled": ",".join(SLOW_FUSIONS), "inline": str(INLINE_BYTES)}
         if precision == "int8":
-            options["reduce_range"] = str(_reduce_range())
+            options |= {"int8": RECIPE, "reduce_range": str(reduce_range())}
         return options
 
     def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
@@ -82,9 +81,9 @@ class OnnxRuntimeBackend:
                 source = bundle.graph(ratio)
                 check_external_data(source)
                 if precision == "int8":
-                    source = _quantise(source, Path(scratch) / f"int8-{ratio}.onnx")
+                    source = quantise_dynamic(source, Path(scratch) / f"int8-{ratio}.onnx")
                 graphs.append(_optimise(source, Path(scratch) / f"ratio-{ratio}.onnx"))
-            _merge(graphs, directory)
+            gather(graphs, directory, WEIGHTS)
 
     def load(self, bundle: Bundle, precision: str, directory: Path, ratio: int, threads: int) -> OnnxRuntimeEngine:
         """See `Backend.load`."""
@@ -128,26 +127,6 @@ def _share_arena() -> None:
             _arena_shared = True
 
 
-def _reduce_range() -> bool:
-    """Whether int8 products of this CPU saturate in 16 bits, so that weights must keep to 7 bits."""
-    return not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & set(machine.cpu_features())
-
-
-def _quantise(source: Path, target: Path) -> Path:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantize_dynamic(
-        source,
-        target,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        reduce_range=_reduce_range(),
-        weight_type=QuantType.QInt8,
-        use_external_data_format=True,
-    )
-    return target
-
-
 def _optimise(source: Path, target: Path) -> Path:
     """Let ONNX Runtime write its optimised graph, with packed matrices, to `target` and `target`.data."""
     import onnxruntime
@@ -168,37 +147,6 @@ def _optimise(source: Path, target: Path) -> Path:
     except Exception as error:  # pybind gives each status its own class without a common base
         raise EngineError(f"ONNX Runtime cannot build {source.name}: {error}", fix="export the bundle again") from error
     return target
-
-
-def _merge(graphs: Sequence[Path], directory: Path) -> None:
-    """Copy optimised graphs into `directory` with all their data, packed or not, in one content-addressed file.
-
-    A packed entry has the key `prepacked_<n>` and the value `<kernel>+<hash>|<offset>;<length>;0|...`.
-    """
-    import onnx
-
-    store = WeightStore(directory)
-    for graph in graphs:
-        model = onnx.load(graph, load_external_data=False)
-        data = memoryview((graph.parent / f"{graph.name}.data").read_bytes())
-        for tensor, _ in external_tensors(model):
-            _move(tensor, data, store)
-        onnx.save(model, directory / graph.name)
-
-
-def _move(tensor: onnx.TensorProto, data: memoryview, store: WeightStore) -> None:
-    entries = {entry.key: entry for entry in tensor.external_data}
-    start, length = int(entries["offset"].value), int(entries["length"].value)
-    _, offset, _ = store.add(data[start : start + length], WEIGHTS)
-    entries["location"].value, entries["offset"].value = WEIGHTS, str(offset)
-    for entry in tensor.external_data:
-        if entry.key.startswith("prepacked"):
-            kernel, *blobs = entry.value.split("|")
-            moved = [kernel]
-            for start, length in (map(int, blob.split(";")[:2]) for blob in blobs):
-                _, offset, _ = store.add(data[start : start + length], WEIGHTS)
-                moved.append(f"{offset};{length};0")
-            entry.value = "|".join(moved)
 
 
 def read_precision(graph: Path) -> str:

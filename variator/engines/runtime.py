@@ -109,7 +109,9 @@ class Runtime:
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -153,8 +155,14 @@ class Runtime:
             outputs = self._run(engine, rows)
             done = time.perf_counter()
         return Result(
-            outputs, [len(row.ids) for row in rows], ratio, self.engine, engine.precision,
-            (tokenised - started) * 1e3, (computing - tokenised) * 1e3, (done - computing) * 1e3,
+            outputs,
+            [len(row.ids) for row in rows],
+            ratio,
+            self.engine,
+            engine.precision,
+            (tokenised - started) * 1e3,
+            (computing - tokenised) * 1e3,
+            (done - computing) * 1e3,
         )
 
     def tokenise(self, inputs: Sequence[Input], truncate: bool = False) -> list[Row]:
@@ -167,8 +175,11 @@ class Runtime:
         limit = self.bundle.manifest.max_length
         for index, row in enumerate(rows):
             if len(row.ids) > limit:
-                raise InputError(f"input {index} has {len(row.ids)} tokens", valid=f"1 to {limit}, the model's limit",
-                                 fix="shorten it, or pass truncate=True (--truncate)")
+                raise InputError(
+                    f"input {index} has {len(row.ids)} tokens",
+                    valid=f"1 to {limit}, the model's limit",
+                    fix="shorten it, or pass truncate=True (--truncate)",
+                )
         return rows
 
     def _tokenise_one(self, index: int, value: Input, truncate: bool) -> Row:
@@ -183,10 +194,14 @@ class Runtime:
             return Row(encoding.ids, encoding.type_ids)
         ids = [int(i) for i in value if isinstance(i, int | np.integer) and not isinstance(i, bool)]
         if len(ids) != len(value) or not ids:
-            raise InputError(f"input {index} is neither a text nor a list of token ids", valid="str, (str, str) or ints")
+            raise InputError(
+                f"input {index} is neither a text nor a list of token ids", valid="str, (str, str) or ints"
+            )
         outside = [i for i in ids if not 0 <= i < self.bundle.manifest.vocabulary]
         if outside:
-            raise InputError(f"input {index} holds token id {outside[0]}", valid=f"0 to {self.bundle.manifest.vocabulary - 1}")
+            raise InputError(
+                f"input {index} holds token id {outside[0]}", valid=f"0 to {self.bundle.manifest.vocabulary - 1}"
+            )
         ids = ids[:limit] if truncate else ids
         return Row(ids, [0] * len(ids))
 

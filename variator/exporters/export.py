@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ class ExportSettings:
     untrained: bool = False
     rank: int = 64
     overwrite: bool = False
-    graph: GraphSettings = GraphSettings()
+    graph: GraphSettings = field(default_factory=GraphSettings)
 
 
 def export(
@@ -124,7 +124,9 @@ def _export_ratios(
         plugin = plugins.get(ratio)
         on_stage(f"exporting ratio {ratio}")
         graph = directory / f"ratio-{ratio}.onnx"
-        _write_graph(backbone, plugin, settings, store, graph, "backbone.data" if ratio == 1 else f"plugin-{ratio}.data")
+        _write_graph(
+            backbone, plugin, settings, store, graph, "backbone.data" if ratio == 1 else f"plugin-{ratio}.data"
+        )
         on_stage(f"checking ratio {ratio} against PyTorch")
         module = Compressed(backbone.model, plugin).eval()
         for case in cases:

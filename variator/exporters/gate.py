@@ -89,7 +89,10 @@ def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dic
 
     outputs: dict[str, Array] = {}
     for row, length in enumerate(feed["attention_mask"].sum(axis=1)):
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(values[row : row + 1, :length])) for name, values in feed.items()}
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(values[row : row + 1, :length]))
+            for name, values in feed.items()
+        }
         with torch.no_grad():
             results = _original(backbone, tensors) if module.ratio == 1 else module(**tensors)
         for name, result in zip(backbone.outputs, results, strict=True):
@@ -146,8 +149,11 @@ def compare(
             found = outputs[tensor]
             where = f"{name}, tensor {tensor!r}, shape {shape}"
             if found.shape != expected.shape:
-                raise GateError(f"{where}: the result has shape {found.shape}", valid=str(expected.shape),
-                                fix="a dimension was fixed on the way; report this model")
+                raise GateError(
+                    f"{where}: the result has shape {found.shape}",
+                    valid=str(expected.shape),
+                    fix="a dimension was fixed on the way; report this model",
+                )
             if tensor in PER_TOKEN:  # what lies on padding is nobody's result
                 real = case.feed["attention_mask"].astype(bool)
                 found, expected = found[real], expected[real]
@@ -157,7 +163,9 @@ def compare(
 
 def _error(where: str, precision: str, expected: Array, found: Array) -> float:
     if not np.isfinite(found).all():
-        raise GateError(f"{where}: the result holds NaN or infinity", fix="check the weights of the model and the plugin")
+        raise GateError(
+            f"{where}: the result holds NaN or infinity", fix="check the weights of the model and the plugin"
+        )
     difference = found - expected
     relative = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12))
     error = float(np.abs(difference).max())

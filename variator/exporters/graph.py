@@ -58,7 +58,12 @@ class Compressed(nn.Module):
             return outputs
         tensors = {name.replace("/", "."): tensor for name, tensor in self.plugin.items()}
         outputs = self.model(
-            input_ids, attention_mask, token_type_ids, lambda layer: layer_plugin(tensors, layer), self.ratio, self.activation
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            lambda layer: layer_plugin(tensors, layer),
+            self.ratio,
+            self.activation,
         )
         return outputs
 
@@ -102,7 +107,9 @@ def _check_structure(model: onnx_ir.Model) -> None:
     for value in model.graph.inputs:
         fixed = [dim for dim in (value.shape or ()) if isinstance(dim, int)]
         if value.shape is None or fixed:
-            raise GateError(f"the exporter fixed a dimension of input {value.name!r}: {value.shape}", valid="[batch, sequence]")
+            raise GateError(
+                f"the exporter fixed a dimension of input {value.name!r}: {value.shape}", valid="[batch, sequence]"
+            )
 
 
 @contextlib.contextmanager

@@ -96,8 +96,11 @@ class Manifest:
             raise BundleError(f"{place} is not JSON: {error}", fix=fix) from error
         version = data.pop("format_version", None) if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
-            raise BundleError(f"{place} has bundle format version {version!r}", valid=str(FORMAT_VERSION),
-                              fix="use the version of variator that wrote it, or export again")
+            raise BundleError(
+                f"{place} has bundle format version {version!r}",
+                valid=str(FORMAT_VERSION),
+                fix="use the version of variator that wrote it, or export again",
+            )
         try:
             ratios = {int(ratio): RatioEntry(**entry) for ratio, entry in data.pop("ratios").items()}
             files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
@@ -129,15 +132,19 @@ class Bundle:
         try:
             text = place.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} is not a bundle: cannot read {MANIFEST} ({error})",
-                              valid="a directory written by `variator export`") from error
+            raise BundleError(
+                f"{path} is not a bundle: cannot read {MANIFEST} ({error})",
+                valid="a directory written by `variator export`",
+            ) from error
         bundle = Bundle(path, Manifest.from_json(text, str(place)))
         for name, entry in bundle.manifest.files.items():
             file = inside(path, name)
             size = file.stat().st_size if file.is_file() else None
             if size != entry.bytes:
                 found = "missing" if size is None else f"{size} bytes long"
-                raise BundleError(f"{file} is {found}", valid=f"{entry.bytes} bytes", fix="copy the bundle again, or export again")
+                raise BundleError(
+                    f"{file} is {found}", valid=f"{entry.bytes} bytes", fix="copy the bundle again, or export again"
+                )
         return bundle
 
     def verify(self, *names: str) -> None:
@@ -148,8 +155,10 @@ class Bundle:
         """
         for name in names or self.manifest.files:
             if sha256_of(inside(self.path, name)) != self.manifest.files[name].sha256:
-                raise BundleError(f"{self.path / name} has changed since it was exported (sha256 differs)",
-                                  fix="copy the bundle again, or export again")
+                raise BundleError(
+                    f"{self.path / name} has changed since it was exported (sha256 differs)",
+                    fix="copy the bundle again, or export again",
+                )
 
     @property
     def ratios(self) -> list[int]:
@@ -168,8 +177,11 @@ class Bundle:
             InputError: If the bundle has none; lists those it has.
         """
         if isinstance(ratio, bool) or ratio not in self.manifest.ratios:
-            raise InputError(f"ratio {ratio!r} is not in {self.path}", valid=", ".join(map(str, self.ratios)),
-                             fix=f"variator export {self.manifest.model} --ratio {ratio} -o {self.path} --overwrite")
+            raise InputError(
+                f"ratio {ratio!r} is not in {self.path}",
+                valid=", ".join(map(str, self.ratios)),
+                fix=f"variator export {self.manifest.model} --ratio {ratio} -o {self.path} --overwrite",
+            )
         return self.manifest.ratios[ratio]
 
     def graph(self, ratio: int) -> Path:

@@ -145,13 +145,17 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
             return load_backbone(str(directory), task, name or model.replace(":", "-"))
     directory = Path(model)
     if not directory.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise BackboneError(f"no directory {model!r}", valid="a directory with config.json, or a hub id such as org/name")
+        raise BackboneError(
+            f"no directory {model!r}", valid="a directory with config.json, or a hub id such as org/name"
+        )
     config = _load(transformers.AutoConfig, model)
     family = family_of(config.model_type)
     files = _sentence_transformers_files(model, directory)
     task = task or _detect_task(config, files)
     original = _load_original(getattr(transformers, AUTO_CLASSES[task]), model, task, family)
-    weights = {key.removeprefix(f"{original.base_model_prefix}."): value for key, value in original.state_dict().items()}
+    weights = {
+        key.removeprefix(f"{original.base_model_prefix}."): value for key, value in original.state_dict().items()
+    }
     encoder = Encoder(family.encoder_config(config))
     encoder.load_state_dict({k: v.float() for k, v in family.encoder_weights(weights, config).items()}, assign=True)
     head, pooling = _head(task, family, weights, files)
@@ -199,7 +203,7 @@ def _load_original(auto_class: Any, model: str, task: str, family: Family) -> Pr
     missing = [key for key in report["missing_keys"] if head_of_pooler or ".pooler." not in f".{key}"]
     if missing:
         raise BackboneError(
-            f"{model!r} has no weights for {len(missing)} tensors that task {task!r} needs, first {sorted(missing)[0]!r}",
+            f"{model!r} lacks {len(missing)} tensors that task {task!r} needs, the first {sorted(missing)[0]!r}",
             valid=f"a checkpoint trained for it, or --task {'hidden' if task != 'hidden' else 'embed'}",
         )
     loaded: PreTrainedModel = original.eval().requires_grad_(False)
@@ -241,12 +245,17 @@ def _sentence_transformers_files(model: str, directory: Path) -> dict[str, Any]:
     modules = read("modules.json")
     if modules is None:
         return {}
-    files: dict[str, Any] = {"modules.json": modules, "sentence_bert_config.json": read("sentence_bert_config.json") or {}}
+    files: dict[str, Any] = {
+        "modules.json": modules,
+        "sentence_bert_config.json": read("sentence_bert_config.json") or {},
+    }
     for module in modules:
         kind, folder = str(module["type"]).rsplit(".", 1)[-1], str(module["path"])
         if kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
-            raise BackboneError(f"sentence-transformers module {kind!r} is not supported",
-                                valid="Transformer, Pooling, Dense, Normalize")
+            raise BackboneError(
+                f"sentence-transformers module {kind!r} is not supported",
+                valid="Transformer, Pooling, Dense, Normalize",
+            )
         if kind in ("Pooling", "Dense"):
             files[kind] = read(f"{folder}/config.json")
         if kind == "Dense":
@@ -280,17 +289,24 @@ def _embed_head(files: Mapping[str, Any]) -> tuple[EmbedHead, dict[str, Any]]:
     if not chosen and settings.get("pooling_mode"):
         chosen = [str(settings["pooling_mode"])]
     if len(chosen) != 1:
-        raise BackboneError(f"pooling {chosen or settings} is not supported", valid=f"exactly one of {', '.join(modes)}")
+        raise BackboneError(
+            f"pooling {chosen or settings} is not supported", valid=f"exactly one of {', '.join(modes)}"
+        )
     dense, activation = None, ""
     if "Dense" in files:
         from safetensors.torch import load_file
 
         name = str(files["Dense"].get("activation_function", ""))
         if name not in TORCH_ACTIVATIONS or files["Dense weights"] is None:
-            raise BackboneError(f"the Dense module ({name}) cannot be loaded",
-                                valid=f"model.safetensors with activation {', '.join(TORCH_ACTIVATIONS)}")
+            raise BackboneError(
+                f"the Dense module ({name}) cannot be loaded",
+                valid=f"model.safetensors with activation {', '.join(TORCH_ACTIVATIONS)}",
+            )
         tensors = load_file(files["Dense weights"])
-        dense, activation = linear(tensors["linear.weight"].float(), tensors.get("linear.bias")), TORCH_ACTIVATIONS[name]
+        dense, activation = (
+            linear(tensors["linear.weight"].float(), tensors.get("linear.bias")),
+            TORCH_ACTIVATIONS[name],
+        )
     normalise = "Normalize" in files
     head = EmbedHead(chosen[0], normalise, dense, activation)
     return head, {"pooling": chosen[0], "normalise": normalise, "dense": dense is not None}

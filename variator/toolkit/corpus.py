@@ -111,17 +111,19 @@ def _texts(path: Path) -> Iterator[str]:
     kind = suffixes[0] if suffixes else ""
     if kind not in (".txt", ".jsonl"):
         raise CorpusError(f"{path} is not a known kind of corpus", valid=".txt, .jsonl, .txt.gz, .jsonl.gz")
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     number = 0
     try:
-        with opened as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 text = line.decode("utf-8").strip()
                 if text:
                     yield from [text] if kind == ".txt" else _fields(path, number, text)
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}, line {number}: not UTF-8 ({error.reason})", valid="UTF-8 text",
-                          fix=f"iconv -f latin1 -t utf-8 {path.name}, if it is Latin-1") from error
+        raise CorpusError(
+            f"{path}, line {number}: not UTF-8 ({error.reason})",
+            valid="UTF-8 text",
+            fix=f"iconv -f latin1 -t utf-8 {path.name}, if it is Latin-1",
+        ) from error
     except (OSError, EOFError) as error:
         raise CorpusError(f"cannot read {path}: {error}", valid="a readable, undamaged file") from error
 

@@ -8,8 +8,9 @@ keys cancels) and the value bias (which it passes through to the output bias) ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +149,10 @@ class Embeddings(nn.Module):
         x = self.token(input_ids) + self.position(positions)
         if self.token_type is not None:
             x = x + (self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids))
-        x = self.norm(x)
-        return x if self.project is None else self.project(x)
+        y: Tensor = self.norm(x)
+        if self.project is not None:
+            y = self.project(y)
+        return y
 
 
 class Encoder(nn.Module):
@@ -160,6 +163,11 @@ class Encoder(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+
+    @property
+    def blocks(self) -> Iterable[Layer]:
+        """The layers, typed."""
+        return cast("Iterable[Layer]", self.layers)
 
     def forward(
         self,
@@ -188,10 +196,10 @@ class Encoder(nn.Module):
             extra = (length + ratio - 1) // ratio * ratio - length
             input_ids, attention_mask = F.pad(input_ids, (0, extra)), F.pad(attention_mask, (0, extra))
             token_type_ids = None if token_type_ids is None else F.pad(token_type_ids, (0, extra))
-        x = self.embeddings(input_ids, token_type_ids)
+        x: Tensor = self.embeddings(input_ids, token_type_ids)
         mask = attention_mask.to(x.dtype)
         scores_mask = ((1.0 - mask) * MASKED)[:, None, None, :]
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.blocks):
             x = layer(x, mask, scores_mask, {} if plugin is None else plugin(index), activation)
         return x if plugin is None else x[:, :length]
 

@@ -187,9 +187,7 @@ def expand(y: Tensor, x: Tensor, site: Site, activation: str) -> Tensor:
     return ((y + site["up.bias"]).unsqueeze(2) + update).reshape(batch, -1, d)
 
 
-def compressed_ffn(
-    x: Tensor, mask: Tensor, ffn: Callable[[Tensor], Tensor], site: Site, activation: str
-) -> Tensor:
+def compressed_ffn(x: Tensor, mask: Tensor, ffn: Callable[[Tensor], Tensor], site: Site, activation: str) -> Tensor:
     """The FFN site: compress, run the frozen FFN on the shorter sequence, expand.
 
     Args:

@@ -73,8 +73,12 @@ def untrained_plugin(backbone: Backbone, config: PluginConfig) -> Plugin:
     """A plugin that was never trained, for speed measurements."""
     sizes = backbone.config
     return Plugin(
-        config, initial_tensors(config, sizes.hidden_size, sizes.layers), backbone.family, sizes.layers,
-        sizes.hidden_size, backbone.fingerprint,
+        config,
+        initial_tensors(config, sizes.hidden_size, sizes.layers),
+        backbone.family,
+        sizes.layers,
+        sizes.hidden_size,
+        backbone.fingerprint,
     )
 
 
@@ -113,16 +117,26 @@ def load_plugin(path: Path) -> Plugin:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - no iterator
     except (SafetensorError, OSError) as error:
-        raise PluginError(f"cannot read plugin {path}: {error}", valid="a plugin written by `variator train`", fix=fix) from error
+        raise PluginError(
+            f"cannot read plugin {path}: {error}", valid="a plugin written by `variator train`", fix=fix
+        ) from error
     if metadata.get("format") != "variator.plugin":
         raise PluginError(f"{path} is a safetensors file but not a plugin", valid="one written by `variator train`")
     if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise PluginError(f"{path} has plugin format version {metadata.get('format_version')}", valid=str(FORMAT_VERSION),
-                          fix="use the version of variator that wrote it, or train again")
+        raise PluginError(
+            f"{path} has plugin format version {metadata.get('format_version')}",
+            valid=str(FORMAT_VERSION),
+            fix="use the version of variator that wrote it, or train again",
+        )
     try:
         plugin = Plugin(
-            PluginConfig(**json.loads(metadata["config"])), tensors, metadata["family"], int(metadata["layers"]),
-            int(metadata["hidden_size"]), metadata["backbone"], json.loads(metadata["training"]),
+            PluginConfig(**json.loads(metadata["config"])),
+            tensors,
+            metadata["family"],
+            int(metadata["layers"]),
+            int(metadata["hidden_size"]),
+            metadata["backbone"],
+            json.loads(metadata["training"]),
         )
     except (KeyError, ValueError, TypeError, InputError) as error:
         raise PluginError(f"the header of plugin {path} is damaged: {error}", fix=fix) from error
@@ -130,8 +144,11 @@ def load_plugin(path: Path) -> Plugin:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        raise PluginError(f"plugin {path}: tensor {wrong[0]!r} has shape {found.get(wrong[0])}",
-                          valid=str(shapes.get(wrong[0])), fix=fix)
+        raise PluginError(
+            f"plugin {path}: tensor {wrong[0]!r} has shape {found.get(wrong[0])}",
+            valid=str(shapes.get(wrong[0])),
+            fix=fix,
+        )
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise PluginError(f"plugin {path}: tensor {bad[0]!r} holds NaN or infinity", fix=fix)
@@ -153,8 +170,11 @@ def find_plugin(backbone: Backbone, ratio: int, directory: Path | None = None) -
             return None
         plugin = load_plugin(path)
         if plugin.config.ratio != ratio:
-            raise PluginError(f"{path} holds a plugin of ratio {plugin.config.ratio}", valid=f"ratio {ratio}",
-                              fix="plugin files are named by their ratio; rename it back")
+            raise PluginError(
+                f"{path} holds a plugin of ratio {plugin.config.ratio}",
+                valid=f"ratio {ratio}",
+                fix="plugin files are named by their ratio; rename it back",
+            )
         plugin.check_backbone(backbone)
         return plugin
     for path in sorted(SHIPPED.glob(f"*/ratio-{ratio}.safetensors")):

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights at the usual sizes, for speed measurements and tests. Every record calls them toys."""
+"""Checkpoints with random weights at the usual sizes, for speed and tests. Every record calls them toys."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def write_word_tokenizer(vocabulary: int, directory: Path) -> None:
     words = (special + letters + [f"w{index}" for index in range(vocabulary)])[:vocabulary]
     tokens = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(tokens, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(

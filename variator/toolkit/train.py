@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional as F
 
+from variator import machine
 from variator.errors import InputError, VariatorError
 from variator.files import sha256_of_json, write_atomically
 from variator.toolkit.checkpoint import Backbone
@@ -27,6 +27,7 @@ from variator.toolkit.corpus import Corpus
 from variator.toolkit.encoder import Encoder
 from variator.toolkit.plugin import MASKED, PluginConfig, compressed_ffn, initial_tensors, layer_plugin
 from variator.toolkit.plugin_file import Plugin, save_plugin
+from variator.toolkit.warm_start import fitted_tensors, padded_to
 
 STATE_FILE = "training-state.safetensors"
 SAVE_EVERY_S = 60.0
@@ -43,17 +44,22 @@ class TrainSettings:
         learning_rate: Peak of the one-cycle schedule.
         warmup: Share of the steps that the rate rises.
         clip: Largest gradient norm per ratio.
+        warm_start: Batches that the closed-form start is fitted to.
         seed: Of the initial tensors and the batches.
+        precision: Of the matrix products, fp32 or bf16; `auto` takes bf16 where the processor has it. Plugins,
+            losses and the optimiser are fp32 in any case.
         threads: torch threads; 0 leaves torch's choice.
     """
 
     plugins: tuple[PluginConfig, ...]
     steps: int = 800
     tokens: int = 1024
-    learning_rate: float = 3e-3
-    warmup: float = 0.1
+    learning_rate: float = 1.5e-3
+    warmup: float = 0.05
     clip: float = 1.0
+    warm_start: int = 16
     seed: int = 0
+    precision: str = "auto"
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +68,14 @@ class TrainSettings:
             raise InputError(f"ratios {ratios} to train", valid="at least one ratio, each once")
         if self.steps < 1 or self.tokens < 16:
             raise InputError(f"{self.steps} steps of {self.tokens} tokens", valid="1 or more steps, 16 or more tokens")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"unknown training precision {self.precision!r}", valid="auto, fp32, bf16")
+
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products run in bf16 on this machine."""
+        native = bool({"avx512_bf16", "amx_bf16"} & set(machine.cpu_features()))
+        return self.precision == "bf16" or (self.precision == "auto" and native)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ class State:
     layer_errors: dict[int, list[float]] = field(default_factory=dict)
 
 
-class Interrupted(VariatorError):
+class InterruptedTrainingError(VariatorError):
     """Training was stopped by the user and saved."""
 
 
@@ -108,18 +122,31 @@ def train(
 
     Raises:
         InputError: If `directory` holds finished plugins or the state of a run with other settings.
-        Interrupted: After Ctrl-C, when the state has been saved.
+        InterruptedTrainingError: After Ctrl-C, when the state has been saved.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    key = sha256_of_json([asdict(settings) | {"threads": 0}, backbone.fingerprint, corpus.record()])
+    key = sha256_of_json(
+        [asdict(settings) | {"threads": 0, "precision": settings.bf16}, backbone.fingerprint, corpus.record()]
+    )
     state = _resume(backbone, settings, directory, key, overwrite)
+    if state is None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+            batches = (
+                padded_to(
+                    *corpus.batch(backbone.tokenizer, settings.seed, -1 - step, settings.tokens), settings.plugins
+                )
+                for step in range(settings.warm_start)
+            )
+            tensors = fitted_tensors(backbone.model.encoder, settings.plugins, batches, settings.seed)
+        state = _new_state(tensors, settings)
     saved_at = time.monotonic()
     while state.step < settings.steps:
         try:
             started = time.perf_counter()
             ids, mask = corpus.batch(backbone.tokenizer, settings.seed, state.step, settings.tokens)
-            losses = train_step(backbone.model.encoder, settings, state, ids, mask)
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+                losses = train_step(backbone.model.encoder, settings, state, ids, mask)
             speed = int(mask.sum()) / (time.perf_counter() - started)
             on_step(Progress(state.step, settings.steps, losses, speed))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
@@ -127,7 +154,7 @@ def train(
                 saved_at = time.monotonic()
         except KeyboardInterrupt as interrupt:
             _save_state(state, directory, key)
-            raise Interrupted(
+            raise InterruptedTrainingError(
                 f"stopped after step {state.step} of {settings.steps}; the state is saved in {directory}",
                 fix="run the same command again to go on",
             ) from interrupt
@@ -147,14 +174,13 @@ def train_step(encoder: Encoder, settings: TrainSettings, state: State, ids: Ten
     Returns:
         The loss by ratio.
     """
-    extra = -ids.shape[1] % math.lcm(*(config.ratio for config in settings.plugins))
-    ids, mask = F.pad(ids, (0, extra)), F.pad(mask, (0, extra))
+    ids, mask = padded_to(ids, mask, settings.plugins)
     errors: dict[int, list[float]] = {config.ratio: [] for config in settings.plugins}
     with torch.no_grad():
         x = encoder.embeddings(ids, None)
         float_mask = mask.to(x.dtype)
         scores_mask = ((1.0 - float_mask) * MASKED)[:, None, None, :]
-    for index, layer in enumerate(encoder.layers):
+    for index, layer in enumerate(encoder.blocks):
         with torch.no_grad():
             x = layer.attend(x, scores_mask)
             target = layer.ffn(x)
@@ -203,15 +229,10 @@ def one_cycle(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (position - settings.warmup) / (1 - settings.warmup)))
 
 
-def _new_state(backbone: Backbone, settings: TrainSettings) -> State:
-    sizes = backbone.config
-    tensors = {
-        config.ratio: {
-            name: tensor.requires_grad_()
-            for name, tensor in initial_tensors(config, sizes.hidden_size, sizes.layers, settings.seed).items()
-        }
-        for config in settings.plugins
-    }
+def _new_state(tensors: dict[int, dict[str, Tensor]], settings: TrainSettings) -> State:
+    for values in tensors.values():
+        for tensor in values.values():
+            tensor.requires_grad_()
     optimizers = {
         ratio: torch.optim.AdamW(list(values.values()), lr=settings.learning_rate, weight_decay=0.0, fused=True)
         for ratio, values in tensors.items()
@@ -219,27 +240,37 @@ def _new_state(backbone: Backbone, settings: TrainSettings) -> State:
     return State(tensors, optimizers)
 
 
-def _resume(backbone: Backbone, settings: TrainSettings, directory: Path, key: str, overwrite: bool) -> State:
-    state = _new_state(backbone, settings)
+def _resume(backbone: Backbone, settings: TrainSettings, directory: Path, key: str, overwrite: bool) -> State | None:
+    """The state of an interrupted run of the same settings, None where there is nothing to go on with."""
     finished = [c.ratio for c in settings.plugins if (directory / f"ratio-{c.ratio}.safetensors").exists()]
     path = directory / STATE_FILE
     if not overwrite and finished and not path.exists():
         raise InputError(f"{directory} already holds plugins for ratios {finished}", fix="another -o, or --overwrite")
     if not path.exists():
-        return state
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             saved = json.loads((file.metadata() or {})["state"])
             if saved["key"] == key:
+                sizes = backbone.config
+                tensors = {
+                    config.ratio: initial_tensors(config, sizes.hidden_size, sizes.layers)
+                    for config in settings.plugins
+                }
+                state = _new_state(tensors, settings)
                 _restore(state, saved, file.get_tensor)
                 return state
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if not overwrite:
-            raise InputError(f"the interrupted run in {path} is damaged: {error}", fix="start anew with --overwrite") from error
+            raise InputError(
+                f"the interrupted run in {path} is damaged: {error}", fix="start anew with --overwrite"
+            ) from error
     if not overwrite:
-        raise InputError(f"{directory} holds an interrupted run with another model, corpus or settings",
-                         fix="repeat that command to finish it, or start anew with --overwrite")
-    return state
+        raise InputError(
+            f"{directory} holds an interrupted run with another model, corpus or settings",
+            fix="repeat that command to finish it, or start anew with --overwrite",
+        )
+    return None
 
 
 def _restore(state: State, saved: dict[str, Any], tensor_of: Callable[[str], Tensor]) -> None:
@@ -278,6 +309,7 @@ def _finished(
         "tokens_per_step": settings.tokens,
         "learning_rate": settings.learning_rate,
         "seed": settings.seed,
+        "precision": "bf16" if settings.bf16 else "fp32",
         "torch": torch.__version__,
         "layer_errors": [round(error, 5) for error in state.layer_errors[config.ratio]],
         "losses": [[entry["step"], round(entry[str(config.ratio)], 5)] for entry in _thinned(state.history)],

@@ -6,7 +6,7 @@ Graphs keep small tensors inline and point to large ones by file, offset and len
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -32,7 +32,7 @@ class WeightStore:
         self._places: dict[str, tuple[str, int, int]] = {}
 
     def add(self, data: bytes | memoryview, file: str) -> tuple[str, int, int]:
-        """Place of these bytes (file, offset, length): an earlier one if the content is known, else appended to `file`."""
+        """Where these bytes lie (file, offset, length): in an earlier place if known, else appended to `file`."""
         address = hashlib.sha256(data).hexdigest()
         if address not in self._places:
             with (self._directory / file).open("ab") as out:
@@ -51,7 +51,12 @@ class WeightStore:
                 continue
             location, offset, length = self.add(tensor.tobytes(), file)
             value.const_value = ir.ExternalTensor(
-                location, offset, length, tensor.dtype, shape=tensor.shape, name=value.name or "",
+                location,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
                 base_dir=self._directory,
             )
 
@@ -69,6 +74,39 @@ def external_tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto,
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             yield tensor, {entry.key: entry.value for entry in tensor.external_data}
+
+
+def gather(graphs: Sequence[Path], directory: Path, file: str) -> None:
+    """Copy graphs into `directory` with all their external data in one content-addressed file.
+
+    Matrices that ONNX Runtime has packed for its kernels go along: their entries have the key `prepacked_<n>` and
+    the value `<kernel>+<hash>|<offset>;<length>;0|...`.
+    """
+    import onnx
+
+    store = WeightStore(directory)
+    for graph in graphs:
+        model = onnx.load(graph, load_external_data=False)
+        for tensor, entries in external_tensors(model):
+            with (graph.parent / entries["location"]).open("rb") as data:
+                _move(tensor, data, store, file)
+        onnx.save(model, directory / graph.name)
+
+
+def _move(tensor: onnx.TensorProto, data: BinaryIO, store: WeightStore, file: str) -> None:
+    def moved(offset: int, length: int) -> int:
+        data.seek(offset)
+        return store.add(data.read(length), file)[1]
+
+    entries = {entry.key: entry for entry in tensor.external_data}
+    entries["offset"].value = str(moved(int(entries["offset"].value), int(entries["length"].value)))
+    entries["location"].value = file
+    for entry in tensor.external_data:
+        if entry.key.startswith("prepacked"):
+            kernel, *blobs = entry.value.split("|")
+            places = [(int(start), int(length)) for start, length, _ in (blob.split(";") for blob in blobs)]
+            packed = [f"{moved(start, length)};{length};0" for start, length in places]
+            entry.value = "|".join([kernel, *packed])
 
 
 def check_external_data(graph: Path) -> None:

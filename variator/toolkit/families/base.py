@@ -88,7 +88,9 @@ class Family:
     def encoder_sources(self, config: PretrainedConfig) -> list[str]:
         """Names of the checkpoint's encoder tensors, in a fixed order."""
         embeddings = [source for name, source in self.embeddings.items() if name != "project"]
-        modules = [source.format(layer=layer) for layer in range(config.num_hidden_layers) for source in self.layer.values()]
+        modules = [
+            source.format(layer=layer) for layer in range(config.num_hidden_layers) for source in self.layer.values()
+        ]
         if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
             modules.append(self.embeddings["project"])
         return embeddings + [f"{module}.{part}" for module in modules for part in ("weight", "bias")]

@@ -1,0 +1,92 @@
+"""Tiny random models, made once per session; everything the tests run on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+from variator.exporters.export import ExportSettings, export
+from variator.toolkit.bundle import Bundle
+from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.random_models import write_random_checkpoint, write_word_tokenizer
+
+torch.set_num_threads(1)
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 120,
+}
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "bert": lambda: transformers.BertConfig(**SIZES, max_position_embeddings=160),
+    "roberta": lambda: transformers.RobertaConfig(**SIZES, max_position_embeddings=162, type_vocab_size=1),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES, max_position_embeddings=162, type_vocab_size=1),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=120, max_position_embeddings=160
+    ),
+    "electra": lambda: transformers.ElectraConfig(**SIZES, embedding_size=16, max_position_embeddings=160),
+}
+
+
+def write_checkpoint(kind: str, directory: Path, auto: str = "AutoModel", **settings: object) -> Path:
+    """A tiny random checkpoint of one architecture, through transformers' own classes. Nothing in it is zero."""
+    config = CONFIGS[kind]()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = getattr(transformers, auto).from_config(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "LayerNorm.weight" in name else 0.0, std=0.2)
+    model.save_pretrained(directory)
+    write_word_tokenizer(120, directory)
+    return directory
+
+
+def make_sentence_transformer(directory: Path, pooling: str = "mean_tokens") -> Path:
+    """Turn a checkpoint into a sentence-transformers model."""
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(
+        f'{{"word_embedding_dimension": 32, "pooling_mode_{pooling}": true}}'
+    )
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    entries = [
+        f'{{"idx": {i}, "name": "{i}", "path": "{path}", "type": "sentence_transformers.models.{kind}"}}'
+        for i, (path, kind) in enumerate(modules)
+    ]
+    (directory / "modules.json").write_text(f"[{', '.join(entries)}]")
+    (directory / "sentence_bert_config.json").write_text('{"max_seq_length": 150, "do_lower_case": false}')
+    return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sentence-transformers BERT."""
+    return make_sentence_transformer(write_checkpoint("bert", tmp_path_factory.mktemp("models") / "tiny-embedder"))
+
+
+@pytest.fixture(scope="session")
+def backbone(checkpoint: Path) -> Backbone:
+    """The tiny embedder, loaded."""
+    return load_backbone(str(checkpoint))
+
+
+@pytest.fixture(scope="session")
+def bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny embedder, exported at ratios 1, 2 and 4 with untrained plugins. Not to be changed: copy it."""
+    path = tmp_path_factory.mktemp("bundles") / "tiny"
+    return export(backbone, path, ExportSettings((2, 4), untrained=True, rank=8))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint `random:tiny` writes."""
+    return write_random_checkpoint("tiny", tmp_path_factory.mktemp("models") / "toy")
