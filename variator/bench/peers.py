@@ -6,18 +6,23 @@ transformer optimiser, and ONNX Runtime int8 from its own dynamic quantiser.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import torch
 from torch import Tensor, nn
 
 from variator import machine
 from variator.engines.base import Feed, Outputs
+from variator.engines.quantise import quiet_quantiser
+from variator.exporters.graph import trace
 from variator.files import directory_written_whole, sha256_of_json
 from variator.toolkit.checkpoint import Backbone
 
@@ -94,33 +99,24 @@ def _export_stock(backbone: Backbone, directory: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers import optimizer
 
-    from variator.exporters.graph import quiet_exporter
-
-    example = torch.ones(2, 12, dtype=torch.int64)
-    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    with torch.no_grad(), quiet_exporter():
-        program = torch.onnx.export(
-            Plain(backbone).eval(),
-            tuple(example.clone() for _ in backbone.inputs),
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(backbone.inputs, dynamic),
-            input_names=list(backbone.inputs),
-            output_names=list(backbone.outputs),
-            verbose=False,
-        )
-        assert program is not None
-        program.save(directory / "plain.onnx", external_data=True)
+    plain = directory / "plain.onnx"
+    onnx_ir.save(trace(Plain(backbone), backbone.inputs, backbone.outputs), plain, external_data=f"{plain.name}.data")
+    with contextlib.redirect_stdout(io.StringIO()):  # the optimiser prints
         model = optimizer.optimize_model(
-            str(directory / "plain.onnx"),
+            str(plain),
             OPTIMISER_TYPES[backbone.family],
             num_heads=backbone.config.heads,
             hidden_size=backbone.config.hidden_size,
             opt_level=0,
             only_onnxruntime=False,
         )
-        model.save_model_to_file(str(directory / "fp32.onnx"), use_external_data_format=True)
+    model.save_model_to_file(str(directory / "fp32.onnx"), use_external_data_format=True)
+    with quiet_quantiser():
         quantize_dynamic(
-            directory / "fp32.onnx", directory / "int8.onnx", weight_type=QuantType.QInt8, use_external_data_format=True
+            directory / "fp32.onnx",
+            directory / "int8.onnx",
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
         )
     for path in directory.glob("plain.onnx*"):
         path.unlink()

@@ -20,12 +20,9 @@ import onnx
 
 from variator import machine
 from variator.engines.base import Feed
+from variator.exporters.flops import PART_KEY
 
-SMALL = 256
-"""A weight with a dimension up to this is the plugin's (its rank or ratio) or a head's: not worth int8's error."""
-
-
-RECIPE = "1"
+RECIPE = "2"
 """Part of the build key: raise it with any change of this module."""
 
 
@@ -38,7 +35,7 @@ def quantise_dynamic(source: Path, target: Path) -> Path:
     """Activations are quantised as they come, weights per channel; ONNX Runtime's fast way."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quiet():
+    with quiet_quantiser():
         quantize_dynamic(
             source,
             target,
@@ -65,7 +62,7 @@ def quantise_static(source: Path, target: Path, feeds: Sequence[Feed]) -> Path:
             feed = next(self._left, None)
             return None if feed is None else dict(feed)
 
-    with _quiet():
+    with quiet_quantiser():
         quantize_static(
             source,
             target,
@@ -84,20 +81,21 @@ def quantise_static(source: Path, target: Path, feeds: Sequence[Feed]) -> Path:
 
 
 def _excluded(graph: Path, narrowing: bool = False) -> list[str]:
-    """Names of the products to leave alone; with `narrowing` also those with fewer outputs than inputs."""
+    """Names of the products to leave alone; with `narrowing` also the FFN's with fewer outputs than inputs."""
     model = onnx.load(graph, load_external_data=False)
     shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     excluded = []
     for node in model.graph.node:
         if node.op_type == "MatMul":
+            part = next((entry.value for entry in node.metadata_props if entry.key == PART_KEY), "")
             inputs, outputs = shapes.get(node.input[1], [0, 0])
-            if min(inputs, outputs) <= SMALL or (narrowing and outputs < inputs):
+            if part not in ("attention", "ffn") or (narrowing and part == "ffn" and outputs < inputs):
                 excluded.append(node.name)
     return excluded
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_quantiser() -> Iterator[None]:
     """The quantiser advises preprocessing through the root logger; torch's exporter has done it."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

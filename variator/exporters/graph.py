@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,27 +77,31 @@ def export_graph(backbone: Backbone, plugin: Plugin | None, settings: GraphSetti
     Raises:
         GateError: If the exporter used an operator that is not standard or fixed a dimension.
     """
-    module = Compressed(backbone.model, plugin).eval()
+    model = trace(Compressed(backbone.model, plugin), backbone.inputs, backbone.outputs, settings.opset)
+    _check_structure(model)
+    return model
+
+
+def trace(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str], opset: int | None = None) -> onnx_ir.Model:
+    """Export a module of int64 [batch, sequence] inputs, both dimensions dynamic; `opset` None is torch's choice."""
     example = torch.ones(TRACE_SHAPE, dtype=torch.int64)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    with torch.no_grad(), quiet_exporter():
+    with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
-            module,
-            tuple(example.clone() for _ in backbone.inputs),
+            module.eval(),
+            tuple(example.clone() for _ in inputs),
             dynamo=True,
-            dynamic_shapes=dict.fromkeys(backbone.inputs, dynamic),
-            input_names=list(backbone.inputs),
-            output_names=list(backbone.outputs),
-            opset_version=settings.opset,
+            dynamic_shapes=dict.fromkeys(inputs, dynamic),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=opset,
             verbose=False,
         )
     if program is None:
         raise GateError("torch's exporter returned no graph")
-    model = program.model
     # The exporter may give an inner value the name of an output (`embedding`), which no runtime loads.
-    NameFixPass()(model)
-    _check_structure(model)
-    return model
+    NameFixPass()(program.model)
+    return program.model
 
 
 def _check_structure(model: onnx_ir.Model) -> None:
@@ -113,7 +117,7 @@ def _check_structure(model: onnx_ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
+def _quiet_exporter() -> Iterator[None]:
     """The exporter's warnings are about its own insides; ours is the gate's verdict."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

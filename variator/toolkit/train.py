@@ -66,8 +66,11 @@ class TrainSettings:
         ratios = [plugin.ratio for plugin in self.plugins]
         if not ratios or len(set(ratios)) != len(ratios):
             raise InputError(f"ratios {ratios} to train", valid="at least one ratio, each once")
-        if self.steps < 1 or self.tokens < 16:
-            raise InputError(f"{self.steps} steps of {self.tokens} tokens", valid="1 or more steps, 16 or more tokens")
+        if self.steps < 1 or self.tokens < 16 or self.warm_start < 1:
+            raise InputError(
+                f"{self.steps} steps of {self.tokens} tokens after {self.warm_start} batches for the start",
+                valid="1 or more steps and batches, 16 or more tokens",
+            )
         if self.precision not in ("auto", "fp32", "bf16"):
             raise InputError(f"unknown training precision {self.precision!r}", valid="auto, fp32, bf16")
 

