@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.bench.records import make_record, make_result, unstable, untrain
-from variator.bench import report, table
+from variator.bench import plots, report, table
+from variator.bench.plots import Point
 from variator.bench.record import Quality, Record
-from variator.bench.report import Point
 from variator.errors import VariatorError
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -101,7 +101,7 @@ def test_a_full_record_has_every_plot_and_table(full_page: str) -> None:
 
 def test_drawings_follow_the_colour_scheme(full_page: str) -> None:
     assert "prefers-color-scheme: dark" in full_page
-    for placeholder, variable in report.VARIABLES.items():
+    for placeholder, variable in plots.VARIABLES.items():
         assert placeholder not in full_page and (variable in full_page)
 
 
@@ -162,9 +162,9 @@ def test_pareto_front_holds_exactly_the_unbeaten_points() -> None:
         Point(0.5, 0.9, "as good as slow"),
         Point(2.5, 0.4, "beaten by fast"),
     ]
-    assert report.pareto([beaten[0], fast, beaten[1], slow, beaten[2], middle, beaten[3]]) == [slow, middle, fast]
-    assert report.pareto([]) == []
-    assert report.pareto([fast]) == [fast]
+    assert plots.pareto([beaten[0], fast, beaten[1], slow, beaten[2], middle, beaten[3]]) == [slow, middle, fast]
+    assert plots.pareto([]) == []
+    assert plots.pareto([fast]) == [fast]
 
 
 def test_quality_is_joined_with_the_largest_shape_by_engine_precision_and_ratio() -> None:
@@ -179,7 +179,7 @@ def test_quality_is_joined_with_the_largest_shape_by_engine_precision_and_ratio(
         Quality(1, "peer:stock", "fp32", "spearman", "dev", 0.87, 0.87),
         Quality(2, "openvino", "fp32", "spearman", "dev", 0.86, 0.87),
     ]
-    points = report.quality_points(make_record(results=rows, quality=quality))
+    points = plots.quality_points(make_record(results=rows, quality=quality))
     assert [(point.label, point.throughput, point.peer) for point in points] == [
         ("openvino bf16 k=4", 80.0, False),
         ("stock fp32", 20.0, True),
