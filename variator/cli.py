@@ -220,7 +220,7 @@ def train(
     activation: Annotated[str, typer.Option(help="Of the bottleneck: tanh, gelu, gelu_tanh, relu or silu.")] = "tanh",
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 800,
     tokens: Annotated[int, typer.Option(help="Tokens per step.", min=16)] = 1024,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     threads: ThreadsOption = 0,
     task: TaskOption = None,

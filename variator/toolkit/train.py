@@ -1,11 +1,15 @@
-"""Training, first stage: fit every layer's plugin to the teacher's own FFN, all ratios from one teacher pass.
+"""Training, first stage: fit every layer's plugin to the teacher's layer, all ratios from one teacher pass.
 
-Each layer sees the uncompressed backbone's FFN input and learns its FFN output, so nothing is propagated back
-through the stack and minutes on a CPU are enough. A later stage that distils end to end starts from these files.
+Nothing is propagated back through the stack, so minutes on a CPU are enough. A later stage that distils end to end
+starts from these files.
+
+Each plugin is fitted on the inputs it will meet, those of the compressed stream, not on the teacher's: measured on
+the real MiniLM (k=4, 600 steps, Spearman on 400 pairs of STS-B dev; uncompressed 0.922) 0.893 against 0.874.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -18,16 +22,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional as F
 
 from variator import machine
 from variator.errors import InputError, VariatorError
 from variator.files import sha256_of_json, write_atomically
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.corpus import Corpus
-from variator.toolkit.encoder import Encoder
+from variator.toolkit.encoder import Encoder, Linear
 from variator.toolkit.plugin import MASKED, PluginConfig, compressed_ffn, initial_tensors, layer_plugin
 from variator.toolkit.plugin_file import Plugin, save_plugin
-from variator.toolkit.warm_start import fitted_tensors, padded_to
 
 STATE_FILE = "training-state.safetensors"
 SAVE_EVERY_S = 60.0
@@ -44,7 +48,6 @@ class TrainSettings:
         learning_rate: Peak of the one-cycle schedule.
         warmup: Share of the steps that the rate rises.
         clip: Largest gradient norm per ratio.
-        warm_start: Batches that the closed-form start is fitted to.
         seed: Of the initial tensors and the batches.
         precision: Of the matrix products, fp32 or bf16; `auto` takes bf16 where the processor has it. Plugins,
             losses and the optimiser are fp32 in any case.
@@ -54,10 +57,9 @@ class TrainSettings:
     plugins: tuple[PluginConfig, ...]
     steps: int = 800
     tokens: int = 1024
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     warmup: float = 0.05
     clip: float = 1.0
-    warm_start: int = 16
     seed: int = 0
     precision: str = "auto"
     threads: int = 0
@@ -66,11 +68,8 @@ class TrainSettings:
         ratios = [plugin.ratio for plugin in self.plugins]
         if not ratios or len(set(ratios)) != len(ratios):
             raise InputError(f"ratios {ratios} to train", valid="at least one ratio, each once")
-        if self.steps < 1 or self.tokens < 16 or self.warm_start < 1:
-            raise InputError(
-                f"{self.steps} steps of {self.tokens} tokens after {self.warm_start} batches for the start",
-                valid="1 or more steps and batches, 16 or more tokens",
-            )
+        if self.steps < 1 or self.tokens < 16:
+            raise InputError(f"{self.steps} steps of {self.tokens} tokens", valid="1 or more steps, 16 or more tokens")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise InputError(f"unknown training precision {self.precision!r}", valid="auto, fp32, bf16")
 
@@ -133,23 +132,14 @@ def train(
         [asdict(settings) | {"threads": 0, "precision": settings.bf16}, backbone.fingerprint, corpus.record()]
     )
     state = _resume(backbone, settings, directory, key, overwrite)
-    if state is None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-            batches = (
-                padded_to(
-                    *corpus.batch(backbone.tokenizer, settings.seed, -1 - step, settings.tokens), settings.plugins
-                )
-                for step in range(settings.warm_start)
-            )
-            tensors = fitted_tensors(backbone.model.encoder, settings.plugins, batches, settings.seed)
-        state = _new_state(tensors, settings)
+    encoder = half_weights(backbone.model.encoder) if settings.bf16 else backbone.model.encoder
     saved_at = time.monotonic()
     while state.step < settings.steps:
         try:
             started = time.perf_counter()
             ids, mask = corpus.batch(backbone.tokenizer, settings.seed, state.step, settings.tokens)
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-                losses = train_step(backbone.model.encoder, settings, state, ids, mask)
+                losses = train_step(encoder, settings, state, ids, mask)
             speed = int(mask.sum()) / (time.perf_counter() - started)
             on_step(Progress(state.step, settings.steps, losses, speed))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
@@ -169,7 +159,12 @@ def train(
 
 
 def train_step(encoder: Encoder, settings: TrainSettings, state: State, ids: Tensor, mask: Tensor) -> dict[int, float]:
-    """One teacher pass and one optimiser step per ratio; a step that is interrupted leaves `state` as it was.
+    """One pass of the teacher and of one student per ratio, and one optimiser step per ratio.
+
+    Layer by layer, each student reads its own stream (what its compressed layers made so far) and is pulled back to
+    the teacher's: the error is taken behind the layer's residual and norm, where the next layer reads, because a few
+    outlier dimensions carry nearly all of the FFN output's variance (98 % in MiniLM's first layer). No gradient
+    crosses a layer. An interrupted step leaves `state` as it was.
 
     Args:
         ids, mask: int64 [batch, S].
@@ -177,24 +172,26 @@ def train_step(encoder: Encoder, settings: TrainSettings, state: State, ids: Ten
     Returns:
         The loss by ratio.
     """
-    ids, mask = padded_to(ids, mask, settings.plugins)
+    extra = -ids.shape[1] % math.lcm(*(config.ratio for config in settings.plugins))
+    ids, mask = F.pad(ids, (0, extra)), F.pad(mask, (0, extra))
     errors: dict[int, list[float]] = {config.ratio: [] for config in settings.plugins}
     with torch.no_grad():
-        x = encoder.embeddings(ids, None)
-        float_mask = mask.to(x.dtype)
-        scores_mask = ((1.0 - float_mask) * MASKED)[:, None, None, :]
+        teacher = encoder.embeddings(ids, None)
+        float_mask = mask.to(teacher.dtype)
+        scores_mask = ((1.0 - float_mask) * MASKED)[:, None, None, :].repeat(1 + len(settings.plugins), 1, 1, 1)
+        students = [teacher] * len(settings.plugins)
     for index, layer in enumerate(encoder.blocks):
         with torch.no_grad():
-            x = layer.attend(x, scores_mask)
-            target = layer.ffn(x)
-        for config in settings.plugins:
+            teacher, *students = torch.split(layer.attend(torch.cat([teacher, *students]), scores_mask), len(ids))
+            teacher = layer.finish(teacher, layer.ffn(teacher))
+        for position, config in enumerate(settings.plugins):
+            x = students[position]
             site = layer_plugin(state.tensors[config.ratio], index)["ffn"]
-            output = compressed_ffn(x, float_mask, layer.ffn, site, config.activation)
-            error = normalised_error(output, target, float_mask)
+            output = layer.finish(x, compressed_ffn(x, float_mask, layer.ffn, site, config.activation))
+            error = normalised_error(output, teacher, float_mask)
             error.backward()  # type: ignore[no-untyped-call]
             errors[config.ratio].append(float(error.detach()))
-        with torch.no_grad():
-            x = layer.finish(x, target)
+            students[position] = output.detach()
     rate = one_cycle(state.step, settings)
     for ratio, optimizer in state.optimizers.items():
         torch.nn.utils.clip_grad_norm_(state.tensors[ratio].values(), settings.clip)
@@ -209,6 +206,15 @@ def train_step(encoder: Encoder, settings: TrainSettings, state: State, ids: Ten
     if state.step % 10 == 0 or state.step in (1, settings.steps):
         state.history.append({"step": state.step, **{str(ratio): loss for ratio, loss in losses.items()}})
     return losses
+
+
+def half_weights(encoder: Encoder) -> Encoder:
+    """A copy whose linear maps are bf16: autocast would cast frozen weights anew at every use."""
+    copied = copy.deepcopy(encoder)
+    for module in copied.modules():
+        if isinstance(module, Linear):
+            module.to(torch.bfloat16)
+    return copied
 
 
 def normalised_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -232,10 +238,15 @@ def one_cycle(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (position - settings.warmup) / (1 - settings.warmup)))
 
 
-def _new_state(tensors: dict[int, dict[str, Tensor]], settings: TrainSettings) -> State:
-    for values in tensors.values():
-        for tensor in values.values():
-            tensor.requires_grad_()
+def _new_state(backbone: Backbone, settings: TrainSettings) -> State:
+    sizes = backbone.config
+    tensors = {
+        config.ratio: {
+            name: tensor.requires_grad_()
+            for name, tensor in initial_tensors(config, sizes.hidden_size, sizes.layers, settings.seed).items()
+        }
+        for config in settings.plugins
+    }
     optimizers = {
         ratio: torch.optim.AdamW(list(values.values()), lr=settings.learning_rate, weight_decay=0.0, fused=True)
         for ratio, values in tensors.items()
@@ -243,24 +254,18 @@ def _new_state(tensors: dict[int, dict[str, Tensor]], settings: TrainSettings) -
     return State(tensors, optimizers)
 
 
-def _resume(backbone: Backbone, settings: TrainSettings, directory: Path, key: str, overwrite: bool) -> State | None:
-    """The state of an interrupted run of the same settings, None where there is nothing to go on with."""
+def _resume(backbone: Backbone, settings: TrainSettings, directory: Path, key: str, overwrite: bool) -> State:
+    state = _new_state(backbone, settings)
     finished = [c.ratio for c in settings.plugins if (directory / f"ratio-{c.ratio}.safetensors").exists()]
     path = directory / STATE_FILE
     if not overwrite and finished and not path.exists():
         raise InputError(f"{directory} already holds plugins for ratios {finished}", fix="another -o, or --overwrite")
     if not path.exists():
-        return None
+        return state
     try:
         with safe_open(path, framework="pt") as file:
             saved = json.loads((file.metadata() or {})["state"])
             if saved["key"] == key:
-                sizes = backbone.config
-                tensors = {
-                    config.ratio: initial_tensors(config, sizes.hidden_size, sizes.layers)
-                    for config in settings.plugins
-                }
-                state = _new_state(tensors, settings)
                 _restore(state, saved, file.get_tensor)
                 return state
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -273,7 +278,7 @@ def _resume(backbone: Backbone, settings: TrainSettings, directory: Path, key: s
             f"{directory} holds an interrupted run with another model, corpus or settings",
             fix="repeat that command to finish it, or start anew with --overwrite",
         )
-    return None
+    return state
 
 
 def _restore(state: State, saved: dict[str, Any], tensor_of: Callable[[str], Tensor]) -> None:
