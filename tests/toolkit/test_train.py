@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from variator.toolkit.train import (
     InterruptedTrainingError,
     Progress,
     TrainSettings,
+    interrupt_deferred,
     normalised_error,
     one_cycle,
     train,
@@ -80,6 +82,14 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
         whole, parts = (load_plugin(tmp_path / name / f"ratio-{ratio}.safetensors") for name in ("whole", "parts"))
         assert all(torch.equal(whole.tensors[name], parts.tensors[name]) for name in whole.tensors)
     assert not (tmp_path / "parts" / STATE_FILE).exists()
+
+
+def test_ctrl_c_in_the_middle_of_a_step_takes_effect_behind_it() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupt_deferred():
+        signal.raise_signal(signal.SIGINT)
+        done.append("the rest of the step")
+    assert done
 
 
 def test_another_run_or_finished_plugins_are_not_overwritten(

@@ -1,1 +1,1 @@
-"""bench"""
+"""Engines -> one record of speed, memory, disk and quality -> tables and the report."""

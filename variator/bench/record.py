@@ -16,6 +16,8 @@ from variator.errors import InputError
 
 SCHEMA = "variator.bench/1"
 PEER = "peer:"
+STOCK = (f"{PEER}onnxruntime-stock", "fp32")
+"""Engine and precision of the usual yardstick: ONNX Runtime with its own transformer optimiser, without us."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ is the main one) live here too. Times are in ms, sizes in bytes, FLOPs are 2 x m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from variator.bench.record import PEER, Memory, Quality, Record, Result
+from variator.bench.record import PEER, STOCK, Memory, Quality, Record, Result
 
 UNTRAINED = "UNTRAINED PLUGIN: speed only"
 MISSING = "-"
@@ -96,15 +97,14 @@ def grids(record: Record) -> list[Grid]:
     return [grid for grid in tables if grid.rows]
 
 
-def markdown(record: Record) -> str:
-    """The README's table: one row per engine, precision and ratio at the record's first and largest shapes."""
-    measured = shapes(record)
-    chosen = list(dict.fromkeys([measured[0], largest(measured)])) if measured else []
+def markdown(record: Record, chosen: Sequence[Shape] = ()) -> str:
+    """The README's table: one row per engine, precision and ratio at the chosen shapes, by default the largest."""
+    chosen = list(chosen) or ([largest(shapes(record))] if record.results else [])
     scores = main_quality(record)
     metric = next(iter(scores.values())).metric if scores else ""
     columns = ["engine", "precision", "ratio"]
     for shape in chosen:
-        columns += [f"{tokens(shape)} p50 ms", "over ratio 1", "over best peer", "FLOPs saved"]
+        columns += [f"{tokens(shape)} p50 ms", "over ratio 1", "efficiency", "over stock fp32", "over best peer"]
     rows: dict[Key, dict[Shape, Result]] = {}
     for row in sorted(record.results, key=_order):
         rows.setdefault(key(row), {})[row.batch, row.sequence] = row
@@ -401,9 +401,12 @@ def _order(row: Result) -> tuple[bool, str, str, int]:
 
 def _markdown_cells(record: Record, row: Result | None) -> list[str]:
     if row is None:
-        return [MISSING] * 4
-    peer = peer_to_beat(record, (row.batch, row.sequence))
-    return [significant(row.p50_ms) + ("" if row.stable else " (unstable)"), *_gains(row, peer)]
+        return [MISSING] * 5
+    shape = (row.batch, row.sequence)
+    stock = next((r for r in at(record, shape) if (r.engine, r.precision) == STOCK), None)
+    own = [MISSING, MISSING] if is_peer(row) else [times(row.speedup), percent(row.efficiency, 0)]
+    over = [times(over_peer(row, peer)) for peer in (stock, peer_to_beat(record, shape))]
+    return [significant(row.p50_ms) + ("" if row.stable else " (unstable)"), *own, *over]
 
 
 def _gains(row: Result, peer: Result | None, *between: str) -> list[str]:
@@ -414,3 +417,9 @@ def _gains(row: Result, peer: Result | None, *between: str) -> list[str]:
 
 def _markdown_escape(text: str) -> str:
     return "".join(f"\\{letter}" if letter in "\\|<`[*_" else letter for letter in clean(text))
+
+
+if __name__ == "__main__":  # python -m variator.bench.table RECORD.json: the table as the README has it
+    from pathlib import Path
+
+    print(markdown(Record.load(Path(sys.argv[1]))), end="")

