@@ -17,32 +17,51 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+import variator
 from variator.errors import InputError, VariatorError
 
 GUIDE = """Make a frozen Transformer encoder faster with small plugins, and switch how much by the load of the day.
 
 A plugin merges every k hidden vectors in front of a layer's feed-forward network and expands them behind it. k is
-the *ratio*: 1 is the model itself, 2, 4 and 8 save more. The usual way:
+the ratio: 1 is the model itself, 2, 4 and 8 save more. The usual way:
 
-  variator export MODEL --ratio 2 --ratio 4 -o bundle   one ONNX graph per ratio over one shared backbone
-  variator build  bundle                                engines for this machine
-  variator run    bundle --text "hello" --ratio 4       try it
-  variator bench  bundle --html report.html             what it saves and what it costs
+\b
+  variator export MODEL --ratio 2 --ratio 4 -o bundle    one graph per ratio, one backbone
+  variator build  bundle                                 engines for this machine
+  variator run    bundle --text "hello" --ratio 4        try it
+  variator bench  bundle --html report.html              what it saves and costs
 
-No plugin for your model yet? Train one first, minutes on a CPU:
+No plugin for your model yet? Train one first, minutes on a CPU, and export with --plugin plugins:
 
-  variator train  MODEL --ratio 4 --corpus texts.txt -o plugins     then: export … --plugin plugins
+\b
+  variator train  MODEL --ratio 4 --corpus texts.txt -o plugins
 """
 
 app = typer.Typer(
-    help=GUIDE, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
+    help=GUIDE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 errors = Console(stderr=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(variator.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 BundleArgument = Annotated[Path, typer.Argument(help="Directory written by `variator export`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one machine-readable record instead.")]
 EngineOption = Annotated[str, typer.Option(help="auto, onnxruntime or openvino.")]
-PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or int8; the best lossless one by default.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or int8; the best without int8 by default.")]
 ThreadsOption = Annotated[int, typer.Option(help="Processor threads; 0 means all.", min=0)]
 TaskOption = Annotated[str | None, typer.Option(help="embed, classify, qa or hidden; detected by default.")]
 NameOption = Annotated[str | None, typer.Option(help="What to call the model; its directory or hub id by default.")]
@@ -61,7 +80,7 @@ def stages() -> Iterator[Callable[[str], None]]:
         yield lambda stage: status.update(stage)
 
 
-@app.command()
+@app.command(short_help="One ONNX graph per ratio, checked against PyTorch.")
 def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory.")],
@@ -91,7 +110,7 @@ def export(
         _show_bundle(bundle.path)
 
 
-@app.command()
+@app.command(short_help="Build an engine for this machine.")
 def build(
     bundle: BundleArgument,
     engine: EngineOption = "auto",
@@ -114,15 +133,16 @@ def build(
     if as_json:
         _print_json({"directory": str(built.directory), **asdict(built.record)})
         return
-    Console().print(f"[bold]{built.record.backend} {built.record.precision}[/bold] ({said[0]})")
-    table = Table("ratio", "8 x 64 when built, ms", "largest error")
+    console = Console()
+    console.print(Text("\n".join(line for line in said if not line.startswith(("compiling", "checking")))))
+    table = Table("ratio", "latency when built, ms", "largest error")
     for ratio, milliseconds in built.record.probe_ms.items():
         table.add_row(ratio, f"{milliseconds:.1f}", f"{built.record.max_abs_error[ratio]:.2g}")
-    Console().print(table)
-    Console().print(Text(f"in {built.directory}"))
+    console.print(table)
+    console.print(Text(f"in {built.directory}"))
 
 
-@app.command()
+@app.command(short_help="Run texts through a built bundle.")
 def run(
     bundle: BundleArgument,
     text: Annotated[list[str], typer.Option(help="A text; repeat for several.")],
@@ -152,7 +172,7 @@ def run(
             console.print(Text(f"{name} {tuple(value.shape)} [{head}{', …' if value.size > 6 else ''}]  {row[:60]}"))
 
 
-@app.command()
+@app.command(short_help="Measure speed, FLOPs, memory and quality.")
 def bench(
     bundle: BundleArgument,
     engine: Annotated[list[str] | None, typer.Option(help="Built engines to measure; all by default.")] = None,
@@ -174,6 +194,16 @@ def bench(
     from variator.bench.run import bench as verb
     from variator.files import write_atomically
 
+    # Minutes of measuring must not be lost to a place that cannot be written or a library that is not there.
+    for path in (json_file, html):
+        if path and not path.absolute().parent.is_dir():
+            raise InputError(
+                f"there is no directory {path.parent} to write {path.name} in", fix=f"mkdir -p {path.parent}"
+            )
+    if html:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+
     settings = BenchSettings(
         tuple(engine or ()),
         parse_shapes(shapes),
@@ -188,16 +218,16 @@ def bench(
     )
     with stages() as on_stage:
         record = verb(bundle, settings, _command_line(), on_stage)
+    table.show(record, Console())
     if json_file:
         write_atomically(json_file, record.to_json())
     if html:
         from variator.bench import report
 
         report.write(record, html)
-    table.show(record, Console())
 
 
-@app.command()
+@app.command(short_help="Show what a bundle holds, checking every hash.")
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show what a bundle holds and which engines are built, after checking every hash."""
     from variator.toolkit.bundle import Bundle
@@ -210,7 +240,7 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         _show_bundle(bundle)
 
 
-@app.command()
+@app.command(short_help="Train plugins on plain text.")
 def train(
     model: ModelArgument,
     ratio: Annotated[list[int], typer.Option(help="Ratios to train, all from one teacher pass.")],
@@ -335,22 +365,28 @@ def _command_line() -> str:
 
 def main() -> None:
     """Entry point: exit status 0 done, 1 failed, 2 wrong usage; a traceback only with VARIATOR_DEBUG=1."""
-    debug = os.environ.get("VARIATOR_DEBUG") == "1"
     try:
         app()
-    except VariatorError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("VARIATOR_DEBUG") == "1":
             raise
-        errors.print(Panel(Text(str(error)), title="error", title_align="left", border_style="red"))
+        _show_error(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            raise
+
+
+def _show_error(error: BaseException) -> None:
+    """One readable block: a box on a terminal, plain lines (to copy a command from) elsewhere."""
+    if isinstance(error, VariatorError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    elif isinstance(error, ModuleNotFoundError):
+        text = f"{error.name} is not installed\nfix: pip install 'variator[all]' (parts: export, openvino, bench)"
+    else:
         text = (
             f"unexpected {type(error).__name__}: {error}\nfix: run again with VARIATOR_DEBUG=1 and report the traceback"
         )
+    if errors.is_terminal:
         errors.print(Panel(Text(text), title="error", title_align="left", border_style="red"))
-        sys.exit(1)
+    else:
+        print(f"error: {text}", file=sys.stderr)

@@ -77,8 +77,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 def directory_written_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """A directory that appears under its final name only when the block has succeeded.
 
-    The block writes into a hidden sibling, which is renamed at the end and removed on any error. Leftovers of
-    killed processes are removed first.
+    The block writes into a hidden sibling, which is renamed at the end and removed on any error. What killed
+    processes left behind is removed first, and an old directory that one had put aside is put back.
 
     Args:
         final: Where it goes.
@@ -87,30 +87,54 @@ def directory_written_whole(final: Path, *, replace: bool = False) -> Iterator[P
     Raises:
         VariatorError: If `final` exists and may not be replaced, or the disk refuses.
     """
+    aside = final.with_name(f".{final.name}.old")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(final, aside)
     if final.exists() and not replace:
         raise VariatorError(f"{final} exists already", fix="choose another name, or pass --overwrite")
     with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final)
         # The process id in the name lets a later run tell a leftover from a neighbour at work.
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.part-{os.getpid()}-", dir=final.parent))
     try:
         with disk_errors(final):
             yield partial
             partial.chmod(0o755)
-            if final.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{final.name}.part-{os.getpid()}-", dir=final.parent))
-                final.rename(old / "old")
+            if not final.exists():
                 partial.rename(final)
-                shutil.rmtree(old, ignore_errors=True)
+            elif replace:
+                _exchange(partial, final, aside)
             else:
-                partial.rename(final)
+                raise VariatorError(f"{final} has appeared meanwhile", fix="choose another name, or pass --overwrite")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_leftovers(final: Path) -> None:
+def _exchange(new: Path, final: Path, aside: Path) -> None:
+    final.rename(aside)
+    try:
+        new.rename(final)
+    except OSError:
+        aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tidy(final: Path, aside: Path) -> None:
+    if aside.exists() and not final.exists():
+        aside.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
     for leftover in final.parent.glob(f".{final.name}.part-*"):
         owner = leftover.name.split(".part-")[-1].split("-")[0]
-        if owner.isdigit() and int(owner) != os.getpid() and not Path(f"/proc/{owner}").exists():
+        if owner.isdigit() and not _alive(int(owner)):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -9,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
+from variator.bench.run import built_engines
 from variator.engines import build as build_module
 from variator.engines import onnxruntime as onnxruntime_module
 from variator.engines.build import (
@@ -21,7 +24,6 @@ from variator.engines.build import (
     built_summary,
     find_built,
     load_engine,
-    verify_before_load,
 )
 from variator.errors import BundleError, EngineError, GateError, InputError
 from variator.toolkit.bundle import Bundle
@@ -100,7 +102,7 @@ def test_the_key_follows_everything_an_engine_depends_on(
     assert "stale" in built_summary(copy)[0] and built.directory.name in built_summary(copy)[0]
     with pytest.raises(EngineError, match=r"stale(.|\n)*variator build"):
         find_built(copy, "onnxruntime")
-    if change in ("version", "options"):
+    if change in ("version", "options"):  # the same machine and export: the old one is of no use to anybody
         rebuilt = build(copy, "onnxruntime", "fp32")
         assert rebuilt.directory != built.directory and not built.directory.exists()
 
@@ -116,13 +118,13 @@ def test_a_damaged_engine_is_refused_by_the_runtime_and_rebuilt_by_build(copy: B
         weights.write_bytes(data[: len(data) // 2])
     elif damage == "remove":
         weights.unlink()
+    elif damage == "extra":
+        (built.directory / "engine.json").write_text(record.read_text().replace("ratio-4.onnx", "ratio-8.onnx"))
     elif damage == "record":
         record.write_text(record.read_text()[:50])
-    else:
-        (built.directory / "ratio-8.onnx").write_bytes(b"")
     with pytest.raises(EngineError):
         found, _ = find_built(copy, "onnxruntime")
-        verify_before_load(copy, found)
+        load_engine(copy, found, 1)
     rebuilt = build(copy, "onnxruntime", "fp32")
     rebuilt.verify()
     assert weights.read_bytes() == data
@@ -136,7 +138,55 @@ def test_an_openvino_engine_is_refused_when_the_graphs_it_compiles_have_changed(
     data[-1] ^= 1
     graph.write_bytes(bytes(data))
     with pytest.raises(BundleError, match="sha256"):
-        verify_before_load(copy, built)
+        load_engine(copy, built, 2)
+
+
+def test_a_damaged_engine_does_not_stand_in_the_way_of_another(copy: Bundle) -> None:
+    needs("openvino")
+    build(copy, "openvino", "fp32")
+    damaged = build(copy, "onnxruntime", "fp32")
+    (damaged.directory / "engine.json").write_text("{")
+    found, reason = find_built(copy, "auto")
+    assert found.record.backend == "openvino" and "onnxruntime fp32" in reason and "damaged" in reason
+    engines, notes = built_engines(copy, ())
+    assert [engine.record.backend for engine in engines] == ["openvino"] and "onnxruntime fp32" in notes[0]
+
+
+def test_a_graph_with_nan_weights_or_under_anothers_name_does_not_pass(copy: Bundle) -> None:
+    """What a damaged exporter would leave: consistent hashes, wrong content."""
+
+    def reseal(*names: str) -> Bundle:
+        manifest = json.loads((copy.path / "manifest.json").read_text())
+        for name in names:
+            data = (copy.path / name).read_bytes()
+            manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (copy.path / "manifest.json").write_text(json.dumps(manifest))
+        return Bundle.open(copy.path)
+
+    graph = copy.path / "ratio-4.onnx"
+    original = graph.read_bytes()
+    graph.write_bytes((copy.path / "ratio-2.onnx").read_bytes())
+    with pytest.raises(GateError, match="ratio 4"):
+        build(reseal("ratio-4.onnx"), "onnxruntime", "int8")
+    graph.write_bytes(original)
+    weights = np.fromfile(copy.path / "backbone.data", np.float32)
+    weights[-200:] = np.nan
+    weights.tofile(copy.path / "backbone.data")
+    with pytest.raises(GateError, match="NaN"):
+        build(reseal("ratio-4.onnx", "backbone.data"), "onnxruntime", "fp32")
+    assert not list((copy.path / "engines").glob("*-*-*"))
+
+
+def test_swapped_data_files_are_refused(copy: Bundle) -> None:
+    for name, other in (("ratio-2.onnx", "ratio-4.onnx"), ("plugin-2.data", "backbone.data")):
+        a, b = copy.path / name, copy.path / other
+        first, second = a.read_bytes(), b.read_bytes()
+        a.write_bytes(second)
+        b.write_bytes(first)
+        with pytest.raises(BundleError, match="bytes"):
+            Bundle.open(copy.path)
+        a.write_bytes(first)
+        b.write_bytes(second)
 
 
 def test_a_damaged_bundle_is_not_built(copy: Bundle) -> None:

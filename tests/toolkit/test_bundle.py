@@ -48,6 +48,8 @@ def test_the_manifest_keeps_the_contract(bundle: Bundle) -> None:
         (lambda m: m.pop("format_version"), "version None"),
         (lambda m: m.pop("task"), "damaged"),
         (lambda m: m.update(color="red"), "damaged"),
+        (lambda m: m.update(max_length="many"), "max_length is 'many'"),
+        (lambda m: m.update(inputs=7), "inputs is 7"),
         (lambda m: m["ratios"].pop("1"), "ratio 1"),
         (lambda m: m["ratios"].update({"four": m["ratios"]["4"]}), "damaged"),
         (lambda m: m["files"].update({"../outside": {"bytes": 1, "sha256": "0"}}), "outside"),
@@ -117,6 +119,37 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (final / "a").read_text() == "2" and [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(VariatorError, match="exists already"), directory_written_whole(final):
         pass
+
+
+def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(VariatorError, match="appeared meanwhile"), directory_written_whole(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis").write_text("years")
+    assert (tmp_path / "out" / "thesis").read_text() == "years"
+
+
+def test_the_old_directory_comes_back_when_the_new_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "a").write_text("old")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if ".part-" in self.name:
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(VariatorError), directory_written_whole(final, replace=True):
+        pass
+    assert (final / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.undo()
+    final.rename(tmp_path / ".out.old")  # killed between the two renames
+    with pytest.raises(VariatorError, match="exists already"), directory_written_whole(final):
+        pass
+    assert (final / "a").read_text() == "old"
 
 
 def test_what_a_killed_process_left_behind_is_swept(tmp_path: Path) -> None:

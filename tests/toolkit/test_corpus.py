@@ -15,7 +15,7 @@ from variator.toolkit.corpus import LONGEST_SPAN, read_corpus
 
 
 def test_txt_jsonl_and_gz_are_read(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    (tmp_path / "a.txt").write_text("one\n\n two \n", encoding="utf-8-sig")
     rows = [{"sentence1": "three", "sentence2": "four", "label": 1, "src": "no text"}, {"text": "five"}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with gzip.open(tmp_path / "c.txt.gz", "wt") as file:

@@ -159,6 +159,35 @@ def test_code_in_a_model_directory_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("models.Normalize", "models.Dense", "Dense"),
+        ("models.Normalize", "models.LSTM", "LSTM"),
+        ("models.Pooling", "models.Normalize", "Normalize"),
+    ],
+)
+def test_chains_of_modules_we_do_not_compute_are_refused(
+    checkpoint: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    import shutil
+
+    modules = shutil.copytree(checkpoint, tmp_path / "copy") / "modules.json"
+    text = modules.read_text().replace(old, new)
+    modules.write_text(text if new != "models.Dense" else text.replace("]", ', {"path": "3", "type": "models.Dense"}]'))
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(str(tmp_path / "copy"))
+
+
+def test_lowercasing_outside_the_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    settings = shutil.copytree(checkpoint, tmp_path / "copy") / "sentence_bert_config.json"
+    settings.write_text(settings.read_text().replace("false", "true"))
+    with pytest.raises(BackboneError, match="do_lower_case"):
+        load_backbone(str(tmp_path / "copy"))
+
+
 def test_a_pooling_folder_outside_the_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 

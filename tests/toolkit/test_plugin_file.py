@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from variator.errors import PluginError
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.plugin import PluginConfig
-from variator.toolkit.plugin_file import Plugin, find_plugin, load_plugin, plugin_bytes, save_plugin, untrained_plugin
+from variator.toolkit.plugin_file import (
+    HEADER,
+    Plugin,
+    find_plugin,
+    load_plugin,
+    plugin_bytes,
+    save_plugin,
+    untrained_plugin,
+)
 
 
 @pytest.fixture
@@ -54,34 +64,47 @@ def test_a_truncated_file_is_refused(plugin: Plugin, tmp_path: Path, cut: float)
 
 
 def rewrite(
-    plugin: Plugin, path: Path, changes: dict[str, str], tensors: dict[str, torch.Tensor] | None = None
+    plugin: Plugin, path: Path, changes: dict[str, object], tensors: dict[str, torch.Tensor] | None = None
 ) -> Path:
-    """The plugin's file with some metadata or tensors exchanged."""
-    from safetensors import safe_open
-
+    """The plugin's file with some of its header or tensors exchanged."""
     path.write_bytes(plugin_bytes(plugin))
     with safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata())
-    save_file(load_file(path) | (tensors or {}), path, metadata | changes)
+        header = json.loads(file.metadata()[HEADER])
+    save_file(load_file(path) | (tensors or {}), path, {HEADER: json.dumps(header | changes)})
     return path
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "lora"}, "not a plugin"),
-        ({"format_version": "99"}, "format version 99"),
+        ({"format_version": 99}, "format version 99"),
         ({"config": "{"}, "header"),
-        ({"config": '{"ratio": 1000}'}, "header"),
-        ({"config": '{"ratio": 4, "rank": 8, "color": 1}'}, "header"),
+        ({"config": {"ratio": 1000}}, "header"),
+        ({"config": {"ratio": 4, "rank": 8, "color": 1}}, "header"),
         ({"layers": "x"}, "header"),
-        ({"layers": "3"}, "layers.2"),
-        ({"config": '{"ratio": 2, "rank": 8}'}, "shape"),
+        ({"layers": 3}, "layers.2"),
+        ({"config": {"ratio": 2, "rank": 8}}, "shape"),
     ],
 )
-def test_a_damaged_header_is_refused(plugin: Plugin, tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_a_damaged_header_is_refused(plugin: Plugin, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(PluginError, match=message):
         load_plugin(rewrite(plugin, tmp_path / "p.safetensors", changes))
+
+
+def test_other_safetensors_files_are_no_plugins(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(PluginError, match="not a plugin"):
+        load_plugin(tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {HEADER: "{"})
+    with pytest.raises(PluginError, match="header"):
+        load_plugin(tmp_path / "model.safetensors")
+
+
+def test_values_beyond_fp16_are_not_saved(plugin: Plugin, tmp_path: Path) -> None:
+    tensors = {**plugin.tensors, "layers.0.ffn.up.bias": torch.full((32,), 1e6)}
+    with pytest.raises(PluginError, match="not finite"):
+        save_plugin(replace(plugin, tensors=tensors), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nan_and_tensors_too_many_are_refused(plugin: Plugin, tmp_path: Path) -> None:

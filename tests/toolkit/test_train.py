@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from variator.errors import InputError
+from variator.errors import InputError, VariatorError
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.corpus import Corpus, read_corpus
 from variator.toolkit.plugin import PluginConfig
@@ -116,6 +117,12 @@ def test_the_file_carries_its_record_and_fits_its_backbone(backbone: Backbone, c
     assert len(record["layer_errors"]) == backbone.config.layers and record["losses"]
 
 
+def test_a_diverged_run_stops_and_writes_no_plugin(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(VariatorError, match=r"loss(.|\n)*lower --learning-rate"):
+        train(backbone, corpus, replace(settings(50), learning_rate=1e30), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bf16_training_comes_out_close_to_fp32(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:
     errors = {}
     for precision in ("fp32", "bf16"):
@@ -141,6 +148,12 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 
 def test_settings_are_checked() -> None:
-    for wrong in ({"plugins": ()}, {"plugins": PLUGINS[:1] * 2}, {"steps": 0}, {"precision": "fp8"}):
+    for wrong in (
+        {"plugins": ()},
+        {"plugins": PLUGINS[:1] * 2},
+        {"steps": 0},
+        {"precision": "fp8"},
+        {"learning_rate": float("nan")},
+    ):
         with pytest.raises(InputError):
             TrainSettings(**{"plugins": PLUGINS, **wrong})  # type: ignore[arg-type]

@@ -76,23 +76,34 @@ def load_peers(backbone: Backbone, cache: Path, threads: int, on_stage: Callable
         with directory_written_whole(directory) as partial:
             _export_stock(backbone, partial)
     torch.set_num_threads(threads)
-    library = "sentence-transformers" if backbone.task == "embed" else "transformers"
     return [
-        Peer(f"torch-{library}", "fp32", _torch_runner(backbone)),
+        _torch_peer(backbone),
         Peer("onnxruntime-stock", "fp32", _onnx_runner(directory / "fp32.onnx", threads)),
         Peer("onnxruntime-stock", "int8", _onnx_runner(directory / "int8.onnx", threads)),
     ]
 
 
-def _torch_runner(backbone: Backbone) -> Callable[[Feed], Outputs]:
-    model = Plain(backbone).eval()
+def _torch_peer(backbone: Backbone) -> Peer:
+    """sentence-transformers for its own checkpoints where it is installed, else transformers (with our pooling)."""
+    model: Callable[..., tuple[Any, ...]] = Plain(backbone).eval()
+    name = "torch-transformers"
+    if backbone.task == "embed":
+        with contextlib.suppress(ImportError):
+            from sentence_transformers import SentenceTransformer
+
+            loaded = SentenceTransformer(backbone.source, device="cpu")
+
+            def model(**feed: Tensor) -> tuple[Any, ...]:
+                return (loaded(feed)["sentence_embedding"],)
+
+            name = "torch-sentence-transformers"
 
     def run(feed: Feed) -> Outputs:
         with torch.inference_mode():
-            results = model(**{name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in feed.items()})
-        return {name: result.numpy() for name, result in zip(backbone.outputs, results, strict=True)}
+            results = model(**{key: torch.from_numpy(np.ascontiguousarray(values)) for key, values in feed.items()})
+        return {key: result.numpy() for key, result in zip(backbone.outputs, results, strict=True)}
 
-    return run
+    return Peer(name, "fp32", run)
 
 
 def _export_stock(backbone: Backbone, directory: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_pairs(path: Path) -> Pairs:
                 pairs.first.append(str(row["sentence1"]))
                 pairs.second.append(str(row["sentence2"]))
                 pairs.gold.append(float(row["label"]))
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise CorpusError(
             f"{path}, line {number}: {type(error).__name__} {error}",
             valid='rows like {"sentence1": "…", "sentence2": "…", "label": 3.5}',

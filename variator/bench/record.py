@@ -108,7 +108,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Quality:
-    """One score: `reference` is the score of the uncompressed fp32 backbone in PyTorch on the same data."""
+    """One score: `reference` is the score of the uncompressed fp32 backbone on the same data (the notes say whose)."""
 
     ratio: int
     engine: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ from variator.bench import memory
 from variator.bench.latency import Timing, race
 from variator.bench.quality import Encode, Judge, Pairs, read_pairs
 from variator.bench.record import PEER, Flops, Machine, Memory, Model, Plugin, Quality, Record, Result
-from variator.engines.base import Engine, Feed, Outputs
-from variator.engines.build import BACKENDS, BuiltEngine, find_built, load_engine, verify_before_load
+from variator.engines.base import Feed, Outputs
+from variator.engines.build import BACKENDS, BuiltEngine, find_built
 from variator.engines.runtime import Runtime
 from variator.errors import EngineError, InputError
 from variator.exporters.flops import count_flops
@@ -25,7 +26,6 @@ from variator.toolkit.bundle import Bundle
 
 if TYPE_CHECKING:
     from variator.bench.peers import Peer
-    from variator.toolkit.checkpoint import Backbone
 
 QUALITY_BATCH = 32
 
@@ -81,31 +81,29 @@ def bench(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check(bundle, settings)
+    pairs = read_pairs(settings.pairs) if settings.pairs else None
     threads = settings.threads or machine.cores()
-    built = built_engines(bundle, settings.engines)
-    ratios = settings.ratios or tuple(bundle.ratios)
-    backbone, peers = _peers(bundle, settings, threads, on_stage)
-    flops = {
-        (ratio, length): count_flops(bundle.graph(ratio), length)
-        for ratio in {1, *ratios}
-        for length in {length for _, length in settings.shapes}
-    }
+    built, notes = built_engines(bundle, settings.engines)
+    ratios = sorted({1, *(settings.ratios or bundle.ratios)})
+    peers = _peers(bundle, settings, threads, on_stage)
+    lengths = {length for _, length in settings.shapes}
+    flops = {(ratio, length): count_flops(bundle.graph(ratio), length) for ratio in ratios for length in lengths}
     results: list[Result] = []
-    quality: list[Quality] = []
     memories: list[Memory] = []
-    # First, while nothing else runs.
-    if settings.memory:
+    if settings.memory:  # first, while nothing else is loaded
         for engine in built:
             on_stage(f"memory of {engine.record.backend} {engine.record.precision}")
             shape = max(settings.shapes, key=lambda s: s[0] * s[1])
             memories += memory.measure(bundle.path, engine.record.backend, engine.record.precision, shape)
-    engines = _load(bundle, built, ratios, threads, on_stage)
-    runners = [*engines, *(Runner(PEER + peer.name, peer.precision, 1, peer.run) for peer in peers)]
-    for batch, length in settings.shapes:
-        on_stage(f"timing {len(runners)} runners at {batch} x {length}")
-        results += _time(bundle, runners, (batch, length), flops, settings)
-    if settings.quality and Judge.judges(bundle.manifest.task):
-        quality = _quality(bundle, built, ratios, peers, settings, on_stage)
+    with contextlib.ExitStack() as stack:
+        runtimes = [
+            stack.enter_context(Runtime.open(bundle, e.record.backend, e.record.precision, threads)) for e in built
+        ]
+        runners = _runners(runtimes, ratios, peers, on_stage)
+        for batch, length in settings.shapes:
+            on_stage(f"timing {len(runners)} runners at {batch} x {length}")
+            results += _time(bundle, runners, (batch, length), flops, settings)
+        quality, more = _quality(bundle, runtimes, ratios, peers, pairs, on_stage) if settings.quality else ([], [])
     return Record(
         machine=_machine(),
         model=_model(bundle),
@@ -117,7 +115,7 @@ def bench(
         quality=quality,
         memory=memories,
         disk=_disk(bundle),
-        notes=_notes(bundle, backbone, settings),
+        notes=[*_notes(bundle, settings), *notes, *more],
     )
 
 
@@ -132,33 +130,35 @@ def _check(bundle: Bundle, settings: BenchSettings) -> None:
             )
 
 
-def built_engines(bundle: Bundle, names: Sequence[str]) -> list[BuiltEngine]:
+def built_engines(bundle: Bundle, names: Sequence[str]) -> tuple[list[BuiltEngine], list[str]]:
     """Every engine that is built for this bundle on this machine, of these backends or of all.
+
+    Returns:
+        The engines, and a note for each directory that cannot be used.
 
     Raises:
         EngineError: If there is none, or none of an asked backend.
     """
     found: list[BuiltEngine] = []
+    notes: list[str] = []
     for name in names or BACKENDS:
-        precisions = BACKENDS[name].precisions() if name in BACKENDS and not BACKENDS[name].missing() else [None]
         before = len(found)
-        for precision in precisions:
+        for precision in BACKENDS[name].precisions() if name in BACKENDS and not BACKENDS[name].missing() else ():
             try:
                 found.append(find_built(bundle, name, precision)[0])
-            except EngineError:
-                continue
+            except EngineError as error:
+                if "cannot be used" in error.what:
+                    notes.append(f"Not measured: {error.what}")
         if names and len(found) == before:
             find_built(bundle, name)  # raises, and says why
     if not found:
         raise EngineError(f"no engine is built for {bundle.path}", fix=f"variator build {bundle.path}")
-    return found
+    return found, notes
 
 
-def _peers(
-    bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Callable[[str], None]
-) -> tuple[Backbone | None, list[Peer]]:
+def _peers(bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Callable[[str], None]) -> list[Peer]:
     if settings.model is None:
-        return None, []
+        return []
     from variator.bench.peers import load_peers
     from variator.toolkit.checkpoint import load_backbone
 
@@ -169,20 +169,19 @@ def _peers(
             f"{settings.model} is not the checkpoint that {bundle.path} was exported from",
             valid=f"the checkpoint of {bundle.manifest.model}",
         )
-    return backbone, load_peers(backbone, bundle.path / "engines", threads, on_stage)
+    return load_peers(backbone, bundle.path / "engines", threads, on_stage)
 
 
-def _load(
-    bundle: Bundle, built: Sequence[BuiltEngine], ratios: Sequence[int], threads: int, on_stage: Callable[[str], None]
+def _runners(
+    runtimes: Sequence[Runtime], ratios: Sequence[int], peers: Sequence[Peer], on_stage: Callable[[str], None]
 ) -> list[Runner]:
     runners = []
-    for found in built:
-        on_stage(f"loading {found.record.backend} {found.record.precision}")
-        verify_before_load(bundle, found)
-        for ratio in sorted({1, *ratios}):
-            engine: Engine = load_engine(bundle, found, ratio, threads)
-            runners.append(Runner(found.record.backend, engine.precision, ratio, engine.run))
-    return runners
+    for runtime in runtimes:
+        on_stage(f"loading {runtime.engine}")
+        for ratio in ratios:
+            engine = runtime.load(ratio)
+            runners.append(Runner(runtime.engine, engine.precision, ratio, engine.run))
+    return [*runners, *(Runner(PEER + peer.name, peer.precision, 1, peer.run) for peer in peers)]
 
 
 def _time(
@@ -250,53 +249,34 @@ def _result(
 
 def _quality(
     bundle: Bundle,
-    built: Sequence[BuiltEngine],
+    runtimes: Sequence[Runtime],
     ratios: Sequence[int],
     peers: Sequence[Peer],
-    settings: BenchSettings,
+    pairs: Pairs | None,
     on_stage: Callable[[str], None],
-) -> list[Quality]:
-    pairs: Pairs | None = read_pairs(settings.pairs) if settings.pairs else None
-    scores: list[Quality] = []
+) -> tuple[list[Quality], list[str]]:
+    """Scores of everything that runs, and a note on what they are compared with."""
+    if not Judge.judges(bundle.manifest.task):
+        return [], [f"No quality: there is no score for task {bundle.manifest.task} here yet."]
     encoders: list[tuple[Encode, int, str, str]] = []
-    with _Runtimes(bundle, built, settings.threads) as runtimes:
-        any_runtime = runtimes[0]
-        for runtime, found in zip(runtimes, built, strict=True):
-            for ratio in sorted({1, *ratios}):
-                encode = _batched(lambda texts, r=runtime, k=ratio: r.infer(texts, ratio=k, truncate=True).outputs)  # type: ignore[misc]
-                encoders.append((encode, ratio, found.record.backend, found.record.precision))
-        for peer in peers:
-            encode = _batched(lambda texts, p=peer: p.run(_padded_feed(any_runtime, texts)))  # type: ignore[misc]
-            encoders.append((encode, 1, PEER + peer.name, peer.precision))
-        reference = _reference(encoders)
-        if reference is None:
-            return []
-        judge = Judge(bundle.manifest.task, reference, pairs)
-        for encode, ratio, engine, precision in encoders:
-            on_stage(f"quality of {engine} {precision} ratio {ratio}")
-            scores += judge.score(encode, ratio, engine, precision)
-    return scores
-
-
-class _Runtimes:
-    """Runtimes of several engines at once, closed together."""
-
-    def __init__(self, bundle: Bundle, built: Sequence[BuiltEngine], threads: int) -> None:
-        self._open = [Runtime.open(bundle, found.record.backend, found.record.precision, threads) for found in built]
-
-    def __enter__(self) -> list[Runtime]:
-        return self._open
-
-    def __exit__(self, *error: object) -> None:
-        for runtime in self._open:
-            runtime.close()
-
-
-def _reference(encoders: Sequence[tuple[Encode, int, str, str]]) -> Encode | None:
-    """The uncompressed backbone in fp32: PyTorch's if it is at hand, else an engine that passed the gate."""
+    for runtime in runtimes:
+        for ratio in ratios:
+            encode = _batched(lambda texts, r=runtime, k=ratio: r.infer(texts, ratio=k, truncate=True).outputs)  # type: ignore[misc]
+            encoders.append((encode, ratio, runtime.engine, runtime.load(ratio).precision))
+    for peer in peers:
+        encode = _batched(lambda texts, p=peer: p.run(_padded_feed(runtimes[0], texts)))  # type: ignore[misc]
+        encoders.append((encode, 1, PEER + peer.name, peer.precision))
     exact = [(engine, encode) for encode, ratio, engine, precision in encoders if ratio == 1 and precision == "fp32"]
-    exact.sort(key=lambda item: not item[0].startswith(f"{PEER}torch"))
-    return exact[0][1] if exact else None
+    if not exact:
+        return [], ["No quality: build an fp32 engine or pass the checkpoint with --model, to compare with."]
+    # PyTorch's if it is at hand, else an engine that passed the gate.
+    name, reference = min(exact, key=lambda item: not item[0].startswith(f"{PEER}torch"))
+    judge = Judge(bundle.manifest.task, reference, pairs)
+    scores: list[Quality] = []
+    for encode, ratio, engine, precision in encoders:
+        on_stage(f"quality of {engine} {precision} ratio {ratio}")
+        scores += judge.score(encode, ratio, engine, precision)
+    return scores, [f"Quality is compared with {name.removeprefix(PEER)} fp32 at ratio 1."]
 
 
 def _batched(encode: Encode) -> Encode:
@@ -369,24 +349,24 @@ def _flops(
             saved=round(1 - flops[ratio, length]["total"] / flops[1, length]["total"], 4),
         )
         for batch, length in settings.shapes
-        for ratio in sorted({1, *ratios})
+        for ratio in ratios
     ]
 
 
 def _disk(bundle: Bundle) -> dict[str, int]:
     sizes = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     for directory in sorted((bundle.path / "engines").glob("*-*")):
-        if directory.is_dir():
+        if directory.is_dir() and not directory.name.startswith("peer"):
             label = directory.name.rsplit("-", 1)[0]
             sizes[f"engines/{label}"] = sum(file.stat().st_size for file in directory.iterdir())
     return sizes
 
 
-def _notes(bundle: Bundle, backbone: Backbone | None, settings: BenchSettings) -> list[str]:
+def _notes(bundle: Bundle, settings: BenchSettings) -> list[str]:
     notes = []
     if bundle.untrained:
         notes.append("Some plugins are untrained: speed only, their quality means nothing.")
-    if backbone is None:
+    if settings.model is None:
         notes.append("No peers: pass the checkpoint with --model to measure them.")
     if settings.pairs is None and bundle.manifest.task == "embed":
         notes.append("No STS-B score: pass its file with --stsb.")

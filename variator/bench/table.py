@@ -331,7 +331,7 @@ def _quality(record: Record) -> Grid:
         for row in record.quality
     ]
     columns = ("engine", "precision", "metric", "split", "ratio", "value", "reference", "relative\ndrop")
-    note = "Reference: the uncompressed fp32 backbone in PyTorch on the same data."
+    note = "Reference: the uncompressed fp32 backbone on the same data."
     return Grid(marked(record, "Quality"), columns, tuple(rows), 4, note)
 
 

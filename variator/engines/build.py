@@ -44,6 +44,7 @@ class EngineRecord:
 
     Args:
         precision: As read back from the built engine.
+        graphs: Hash of the bundle's graphs and weights it was built from.
         max_abs_error: By ratio, against PyTorch's fp32 outputs.
         probe_ms: By ratio, median latency at `PROBE_SHAPE` when it was built; orders engines, is no benchmark.
     """
@@ -53,6 +54,7 @@ class EngineRecord:
     key: str
     version: str
     cpu: str
+    graphs: str
     max_abs_error: dict[str, float]
     probe_ms: dict[str, float]
     files: dict[str, FileEntry]
@@ -66,17 +68,16 @@ class BuiltEngine:
     directory: Path
     record: EngineRecord
 
-    def verify(self) -> None:
-        """Hash its files.
+    def verify(self, *names: str) -> None:
+        """Hash the named files, or all.
 
         Raises:
             EngineError: If one is missing or has changed.
         """
-        found = {name: entry for name, entry in list_files(self.directory).items() if name != ENGINE_FILE}
-        if found != self.record.files:
-            wrong = sorted(
-                n for n in found.keys() | self.record.files.keys() if found.get(n) != self.record.files.get(n)
-            )
+        found = {name: entry for name, entry in list_files(self.directory, *names).items() if name != ENGINE_FILE}
+        recorded = {name: entry for name, entry in self.record.files.items() if not names or name in names}
+        if found != recorded:
+            wrong = sorted(n for n in found.keys() | recorded.keys() if found.get(n) != recorded.get(n))
             raise EngineError(
                 f"{self.directory / wrong[0]} is missing or has changed since it was built",
                 fix=f"variator build {self.directory.parent.parent} --engine {self.record.backend} "
@@ -107,14 +108,14 @@ def resolve(engine: str, precision: str | None) -> tuple[Backend, str, str]:
         available = backend.precisions()
         if precision and precision not in available:
             raise InputError(f"{backend.name} cannot build {precision!r} on this machine", valid=", ".join(available))
-        why = "asked for" if precision else f"the fastest of {', '.join(available)} without int8's loss"
-        return backend, precision or available[0], "; ".join([*reasons, f"{backend.name}, precision {why}"])
+        choice = precision or available[0]
+        why = "asked for" if precision else "the usual best of those without int8's loss"
+        return backend, choice, "; ".join([*reasons, f"{backend.name} {choice}: {why}"])
     raise InputError(f"no engine can build precision {precision!r} here: {'; '.join(reasons)}")
 
 
 def build_key(bundle: Bundle, backend: Backend, precision: str) -> str:
     """Hash of everything an engine depends on."""
-    graphs = {name: entry.sha256 for name, entry in bundle.manifest.files.items() if name.endswith((".onnx", ".data"))}
     parts = {
         "format": ENGINE_FORMAT,
         "variator": variator.__version__,
@@ -122,10 +123,16 @@ def build_key(bundle: Bundle, backend: Backend, precision: str) -> str:
         "version": importlib.metadata.version(backend.distribution),
         "precision": precision,
         "options": backend.options(precision),
-        "graphs": graphs,
+        "graphs": _graphs(bundle),
         "cpu": machine.cpu_features(),
     }
     return sha256_of_json(parts)[:16]
+
+
+def _graphs(bundle: Bundle) -> str:
+    """Hash of the bundle's graphs, weights and gate (whose texts calibrate int8)."""
+    kinds = (".onnx", ".data", GATE_FILE)
+    return sha256_of_json({name: f.sha256 for name, f in bundle.manifest.files.items() if name.endswith(kinds)})
 
 
 def build(
@@ -165,7 +172,7 @@ def build(
         bundle.verify()
         with directory_written_whole(directory, replace=True) as partial:
             _build(bundle, backend, precision, directory.name, partial, threads or machine.cores(), on_stage)
-        _remove_stale(directory)
+        _remove_stale(BuiltEngine(directory, _read_record(directory)))
     return BuiltEngine(directory, _read_record(directory))
 
 
@@ -202,6 +209,7 @@ def _build(
         name.rsplit("-", 1)[-1],
         importlib.metadata.version(backend.distribution),
         machine.cpu_name(),
+        _graphs(bundle),
         errors,
         probes,
         list_files(directory),
@@ -241,11 +249,18 @@ def _read_record(directory: Path) -> EngineRecord:
     return record
 
 
-def _remove_stale(directory: Path) -> None:
-    """Engines of the same kind under other keys: of an earlier export, library or machine, never to be run here."""
-    kind = directory.name.rsplit("-", 1)[0]
-    for other in directory.parent.glob(f"{kind}-*"):
-        if other != directory:
+def _remove_stale(built: BuiltEngine) -> None:
+    """Remove engines of the same kind that nobody will run: of another export, or of this machine's past libraries."""
+    kind = built.directory.name.rsplit("-", 1)[0]
+    for other in built.directory.parent.glob(f"{kind}-*"):
+        if other == built.directory:
+            continue
+        try:
+            record = _read_record(other)
+            stale = record.graphs != built.record.graphs or record.cpu == built.record.cpu
+        except EngineError:
+            stale = True
+        if stale:
             shutil.rmtree(other, ignore_errors=True)
 
 
@@ -268,13 +283,16 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
         if not wanted or name not in BACKENDS:
             continue
         if BACKENDS[name].missing() or directory.name.rsplit("-", 1)[-1] != build_key(bundle, BACKENDS[name], found):
-            stale.append(f"{name} {found}")
+            stale.append(f"{name} {found}: stale or its library is missing")
             continue
-        candidates.append(BuiltEngine(directory, _read_record(directory)))
+        try:
+            candidates.append(BuiltEngine(directory, _read_record(directory)))
+        except EngineError as damage:
+            stale.append(f"{name} {found}: {damage.what}")
     if not candidates:
         asked = f"--engine {engine}" + (f" --precision {precision}" if precision else "")
         what = (
-            f"the engines built for {bundle.path} ({', '.join(stale)}) are stale"
+            f"the engines built for {bundle.path} cannot be used ({'; '.join(stale)})"
             if stale
             else f"no engine is built for {bundle.path} that fits {asked}"
         )
@@ -283,15 +301,17 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
             valid="an engine built on this machine, by this library version, from this export",
             fix=f"variator build {bundle.path} {asked}",
         )
-    speed = {c.directory.name: statistics.fmean(c.record.probe_ms.values()) for c in candidates}
-    # An engine asked for by name prefers its lossless precisions too.
-    best = min(candidates, key=lambda c: (c.record.precision == "int8", speed[c.directory.name]))
-    others = ", ".join(
-        f"{c.record.backend} {c.record.precision} {speed[c.directory.name]:.1f} ms" for c in candidates if c is not best
-    )
-    return best, f"{best.record.backend} {best.record.precision}: " + (
-        f"fastest when built ({speed[best.directory.name]:.1f} ms; {others})" if others else "the only one that fits"
-    )
+    # int8 costs quality: last, even where its backend was asked for by name.
+    lossless = [candidate for candidate in candidates if candidate.record.precision != "int8"] or candidates
+    best = min(lossless, key=_probe)
+    others = ", ".join(f"{c.record.backend} {c.record.precision} {_probe(c):.1f} ms" for c in lossless if c is not best)
+    why = f"fastest when built ({_probe(best):.1f} ms; {others})" if others else "the only one that fits"
+    ignored = f"; not usable: {'; '.join(stale)}" if stale else ""
+    return best, f"{best.record.backend} {best.record.precision}: {why}{ignored}"
+
+
+def _probe(built: BuiltEngine) -> float:
+    return statistics.fmean(built.record.probe_ms.values())
 
 
 def built_summary(bundle: Bundle) -> list[str]:
@@ -306,12 +326,19 @@ def built_summary(bundle: Bundle) -> list[str]:
 
 
 def load_engine(bundle: Bundle, built: BuiltEngine, ratio: int, threads: int = 0) -> Engine:
-    """Load one ratio of a built engine.
+    """Hash what one ratio of a built engine will read, and load it.
 
     Raises:
-        EngineError: If its precision is not what its record says.
+        EngineError, BundleError: If a file has changed, or the precision is not what the record says.
     """
     backend = BACKENDS[built.record.backend]
+    if built.record.files:
+        built.verify(
+            *(name for name in built.record.files if not name.endswith(".onnx") or name == f"ratio-{ratio}.onnx")
+        )
+    else:  # compiled from the bundle's own graphs
+        data = (name for name in bundle.manifest.files if name.endswith(".data"))
+        bundle.verify(bundle.ratio(ratio).graph, *data)
     engine = backend.load(bundle, built.record.precision, built.directory, ratio, threads or machine.cores())
     if engine.precision != built.record.precision:
         raise EngineError(
@@ -319,10 +346,3 @@ def load_engine(bundle: Bundle, built: BuiltEngine, ratio: int, threads: int = 0
             fix=f"variator build {bundle.path} --engine {backend.name} --rebuild",
         )
     return engine
-
-
-def verify_before_load(bundle: Bundle, built: BuiltEngine) -> None:
-    """Hash all that an engine will read: its own files, and the bundle's where it compiles from those."""
-    built.verify()
-    if not built.record.files:
-        bundle.verify(*(name for name in bundle.manifest.files if name.endswith((".onnx", ".data"))))

@@ -7,6 +7,7 @@ build, with activation ranges from the gate's texts.
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
 from pathlib import Path
 from threading import Lock
@@ -77,7 +78,10 @@ class OpenVinoBackend:
 
     def options(self, precision: str) -> dict[str, str]:
         """See `Backend.options`."""
-        return {key: str(value) for key, value in _settings(precision, 0).items()} | {"int8": RECIPE}
+        return {key: str(value) for key, value in _settings(precision, 0).items()} | {
+            "int8": RECIPE,
+            "quantiser": importlib.metadata.version("onnxruntime"),
+        }
 
     def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
         """See `Backend.compile`."""

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from variator.engines.base import Engine, Outputs
-from variator.engines.build import BuiltEngine, find_built, load_engine, verify_before_load
+from variator.engines.build import BuiltEngine, find_built, load_engine
 from variator.errors import BundleError, EngineError, InputError
 from variator.exporters.gate import PER_TOKEN
 from variator.files import inside
@@ -31,6 +30,9 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TOKENS_PER_RUN = 16384
 """Largest rows x length of one engine call; longer requests run in parts."""
 
+PADDING = {"start_logits": -3.0e4, "end_logits": -3.0e4}
+"""What token outputs hold behind a row's end, so that no answer is found there; 0 for others."""
+
 Input = str | tuple[str, str] | Sequence[int]
 """A text, a pair of texts, or token ids."""
 
@@ -40,9 +42,10 @@ class Result:
     """What one request got.
 
     Args:
-        outputs: By name, fp32, one row per input in the order given; token outputs are padded with 0.
+        outputs: By name, fp32, one row per input in the order given; token outputs padded by `PADDING`.
         lengths: Tokens per row.
         precision: As read back from the engine.
+        load_ms: Time to load the ratio, for the first request that asks for it.
         queue_ms: Time the request waited for others.
         compute_ms: Time in the engine.
     """
@@ -53,6 +56,7 @@ class Result:
     engine: str
     precision: str
     tokenise_ms: float
+    load_ms: float
     queue_ms: float
     compute_ms: float
 
@@ -77,7 +81,7 @@ class Runtime:
         self._built = built
         self._threads = threads
         self._engines: dict[int, Engine] = {}
-        self._load_lock, self._compute_lock, self._verified, self._closed = Lock(), Lock(), False, False
+        self._load_lock, self._compute_lock, self._closed = Lock(), Lock(), False
         path = inside(bundle.path, "tokenizer.json")
         bundle.verify("tokenizer.json")
         try:
@@ -86,6 +90,9 @@ class Runtime:
             raise BundleError(f"cannot read {path}: {error}", fix="export again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Truncation the tokenizer's own way keeps the special tokens.
+        self._truncating = Tokenizer.from_str(self._tokenizer.to_str())
+        self._truncating.enable_truncation(bundle.manifest.max_length)
 
     @staticmethod
     def open(
@@ -137,7 +144,7 @@ class Runtime:
         Args:
             inputs: Texts, pairs of texts, or lists of token ids; at least one.
             ratio: One that the bundle holds; 1 is the uncompressed backbone.
-            truncate: Cut what is longer than the model's limit instead of refusing it.
+            truncate: Cut what is longer than the model's limit instead of refusing it; token ids simply at the end.
 
         Raises:
             InputError: For an empty request or row, a row that is too long, ids outside the vocabulary, or a
@@ -147,7 +154,8 @@ class Runtime:
         started = time.perf_counter()
         rows = self.tokenise(inputs, truncate)
         tokenised = time.perf_counter()
-        engine = self._engine(ratio)
+        engine = self.load(ratio)
+        loaded = time.perf_counter()
         with self._compute_lock:
             if self._closed:
                 raise EngineError("the runtime is closed", fix="use it inside its `with` block")
@@ -161,7 +169,8 @@ class Runtime:
             self.engine,
             engine.precision,
             (tokenised - started) * 1e3,
-            (computing - tokenised) * 1e3,
+            (loaded - tokenised) * 1e3,
+            (computing - loaded) * 1e3,
             (done - computing) * 1e3,
         )
 
@@ -183,55 +192,49 @@ class Runtime:
         return rows
 
     def _tokenise_one(self, index: int, value: Input, truncate: bool) -> Row:
-        limit = self.bundle.manifest.max_length
         texts = (value,) if isinstance(value, str) else value
-        if isinstance(texts, tuple) and all(isinstance(text, str) for text in texts) and 1 <= len(texts) <= 2:
-            if not all(text.strip() for text in texts):
+        if isinstance(texts, tuple) and 1 <= len(texts) <= 2 and all(isinstance(text, str) for text in texts):
+            if not all(str(text).strip() for text in texts):
                 raise InputError(f"input {index} is an empty text", valid="a text with at least one character")
-            encoding = self._tokenizer.encode(*texts)
-            if truncate and len(encoding.ids) > limit:
-                encoding = self._truncated(texts, limit)
+            tokenizer = self._truncating if truncate else self._tokenizer
+            try:
+                encoding = tokenizer.encode(*texts)
+            except TypeError as error:
+                raise InputError(f"input {index} is not valid Unicode: {error}", valid="text") from error
             return Row(encoding.ids, encoding.type_ids)
-        ids = [int(i) for i in value if isinstance(i, int | np.integer) and not isinstance(i, bool)]
-        if len(ids) != len(value) or not ids:
+        whole = isinstance(value, Sequence) and not isinstance(value, bytes | bytearray) and len(value) > 0
+        if not whole or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in value):
             raise InputError(
-                f"input {index} is neither a text nor a list of token ids", valid="str, (str, str) or ints"
+                f"input {index} is neither a text nor a list of token ids", valid="str, (str, str) or a list of ints"
             )
+        ids = [int(i) for i in value]
         outside = [i for i in ids if not 0 <= i < self.bundle.manifest.vocabulary]
         if outside:
-            raise InputError(
-                f"input {index} holds token id {outside[0]}", valid=f"0 to {self.bundle.manifest.vocabulary - 1}"
-            )
-        ids = ids[:limit] if truncate else ids
+            limit = self.bundle.manifest.vocabulary - 1
+            raise InputError(f"input {index} holds token id {outside[0]}", valid=f"0 to {limit}")
+        ids = ids[: self.bundle.manifest.max_length] if truncate else ids
         return Row(ids, [0] * len(ids))
 
-    def _truncated(self, texts: tuple[Any, ...], limit: int) -> Any:
-        """Cut to the limit the tokenizer's way, which keeps special tokens."""
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
-        tokenizer.enable_truncation(limit)
-        return tokenizer.encode(*texts)
-
-    def _engine(self, ratio: int) -> Engine:
+    def load(self, ratio: int) -> Engine:
+        """The engine of a ratio, loaded if it is not yet."""
+        engine = self._engines.get(ratio)
+        if engine is not None:
+            return engine
         with self._load_lock:
             if self._closed:
                 raise EngineError("the runtime is closed", fix="use it inside its `with` block")
-            if not self._verified:
-                verify_before_load(self.bundle, self._built)
-                self._verified = True
             if ratio not in self._engines:
                 self._engines[ratio] = load_engine(self.bundle, self._built, ratio, self._threads)
             return self._engines[ratio]
 
     def _run(self, engine: Engine, rows: Sequence[Row]) -> Outputs:
         outputs: Outputs = {}
-        longest = max(len(row.ids) for row in rows)
+        lengths = [len(row.ids) for row in rows]
         for length, indices in _buckets(rows, self.bundle.manifest.max_length):
             for start in range(0, len(indices), max(1, TOKENS_PER_RUN // length)):
                 part = indices[start : start + max(1, TOKENS_PER_RUN // length)]
                 for name, values in engine.run(self.feed([rows[i] for i in part], length)).items():
-                    _place(outputs, name, values, part, len(rows), longest)
+                    _place(outputs, name, values, part, lengths)
         return outputs
 
     def feed(self, rows: Sequence[Row], length: int) -> dict[str, npt.NDArray[np.int64]]:
@@ -255,15 +258,15 @@ def _buckets(rows: Sequence[Row], limit: int) -> list[tuple[int, list[int]]]:
 
 
 def _place(
-    outputs: Outputs, name: str, values: npt.NDArray[np.float32], indices: Sequence[int], rows: int, longest: int
+    outputs: Outputs, name: str, values: npt.NDArray[np.float32], indices: Sequence[int], lengths: Sequence[int]
 ) -> None:
-    """Copy a part's values into the request's, rows in the order given, token outputs cut or padded to the longest."""
+    """Copy a part's values into the request's, rows in the order given, token outputs up to each row's length."""
     per_token = name in PER_TOKEN
     if name not in outputs:
-        shape = (longest, *values.shape[2:]) if per_token else values.shape[1:]
-        outputs[name] = np.zeros((rows, *shape), np.float32)
-    if per_token:
-        values = values[:, :longest]
-        outputs[name][indices, : values.shape[1]] = values
-    else:
-        outputs[name][indices] = values
+        shape = (max(lengths), *values.shape[2:]) if per_token else values.shape[1:]
+        outputs[name] = np.full((len(lengths), *shape), PADDING.get(name, 0.0), np.float32)
+    for row, index in enumerate(indices):
+        if per_token:
+            outputs[name][index, : lengths[index]] = values[row, : lengths[index]]
+        else:
+            outputs[name][index] = values[row]

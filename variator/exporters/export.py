@@ -5,24 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir
-import torch
 
 import variator
 from variator.errors import InputError, PluginError
 from variator.exporters.flops import PART_KEY, count_flops, part_of
 from variator.exporters.gate import PASSAGE, Array, Case, Feed, compare, make_feeds, reference_outputs, save_cases
-from variator.exporters.graph import Compressed, GraphSettings, export_graph
+from variator.exporters.graph import Compressed, export_graph
 from variator.files import directory_written_whole
 from variator.toolkit.bundle import GATE_FILE, Bundle, Manifest, RatioEntry, list_files, write_manifest
 from variator.toolkit.checkpoint import Backbone, load_backbone
 from variator.toolkit.plugin import PluginConfig, check_ratio
-from variator.toolkit.plugin_file import Plugin, find_plugin, plugin_bytes, untrained_plugin
+from variator.toolkit.plugin_file import Plugin, find_plugin, untrained_plugin
 from variator.toolkit.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -49,7 +47,6 @@ class ExportSettings:
     untrained: bool = False
     rank: int = 64
     overwrite: bool = False
-    graph: GraphSettings = field(default_factory=GraphSettings)
 
 
 def export(
@@ -101,7 +98,7 @@ def _plugin_for(backbone: Backbone, ratio: int, settings: ExportSettings) -> Plu
         raise PluginError(
             f"there is no plugin of ratio {ratio} for {backbone.id} {place}",
             valid="a directory with ratio-<k>.safetensors files trained for this backbone (--plugin DIR)",
-            fix=f"variator train {backbone.id} --ratio {ratio} --corpus FILE -o DIR; "
+            fix=f"variator train {backbone.source} --ratio {ratio} --corpus FILE -o DIR; "
             "or --untrained to measure speed only",
         )
     return plugin
@@ -124,9 +121,7 @@ def _export_ratios(
         plugin = plugins.get(ratio)
         on_stage(f"exporting ratio {ratio}")
         graph = directory / f"ratio-{ratio}.onnx"
-        _write_graph(
-            backbone, plugin, settings, store, graph, "backbone.data" if ratio == 1 else f"plugin-{ratio}.data"
-        )
+        _write_graph(backbone, plugin, store, graph, "backbone.data" if ratio == 1 else f"plugin-{ratio}.data")
         on_stage(f"checking ratio {ratio} against PyTorch")
         module = Compressed(backbone.model, plugin).eval()
         for case in cases:
@@ -138,10 +133,8 @@ def _export_ratios(
     return entries
 
 
-def _write_graph(
-    backbone: Backbone, plugin: Plugin | None, settings: ExportSettings, store: WeightStore, graph: Path, file: str
-) -> None:
-    model = export_graph(backbone, plugin, settings.graph)
+def _write_graph(backbone: Backbone, plugin: Plugin | None, store: WeightStore, graph: Path, file: str) -> None:
+    model = export_graph(backbone, plugin)
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.metadata_props.clear()
@@ -175,7 +168,7 @@ def _entry(graph: str, plugin: Plugin | None, flops: dict[str, float], error: fl
         return RatioEntry(graph, flops=flops, max_abs_error=error)
     return RatioEntry(
         graph,
-        plugin_sha256=sha256(plugin_bytes(plugin, torch.float32)).hexdigest(),
+        plugin_sha256=plugin.digest,
         plugin_parameters=plugin.parameters,
         rank=plugin.config.rank,
         activation=plugin.config.activation,

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,13 +25,6 @@ OPSET = 20
 
 TRACE_SHAPE = (2, 12)
 """Batch and length used for tracing; the numeric gate uses others."""
-
-
-@dataclass(frozen=True)
-class GraphSettings:
-    """How a graph is written. Room for the dtype and the layout of later exports."""
-
-    opset: int = OPSET
 
 
 class Compressed(nn.Module):
@@ -68,7 +60,7 @@ class Compressed(nn.Module):
         return outputs
 
 
-def export_graph(backbone: Backbone, plugin: Plugin | None, settings: GraphSettings) -> onnx_ir.Model:
+def export_graph(backbone: Backbone, plugin: Plugin | None) -> onnx_ir.Model:
     """Export one ratio with batch and sequence dynamic.
 
     Args:
@@ -77,7 +69,7 @@ def export_graph(backbone: Backbone, plugin: Plugin | None, settings: GraphSetti
     Raises:
         GateError: If the exporter used an operator that is not standard or fixed a dimension.
     """
-    model = trace(Compressed(backbone.model, plugin), backbone.inputs, backbone.outputs, settings.opset)
+    model = trace(Compressed(backbone.model, plugin), backbone.inputs, backbone.outputs, OPSET)
     _check_structure(model)
     return model
 

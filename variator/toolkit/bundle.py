@@ -20,13 +20,16 @@ GATE_FILE = "gate.safetensors"
 """Inputs and PyTorch outputs that every artefact made from the bundle is compared with."""
 
 
+_KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool, "list[str]": list, "dict[str, str]": dict}
+
+
 @dataclass(frozen=True)
 class RatioEntry:
     """One ratio of a bundle.
 
     Args:
         graph: File name of its ONNX graph.
-        plugin_sha256: Of the plugin's tensors file content; empty for ratio 1.
+        plugin_sha256: Of the plugin's fp32 tensors (`Plugin.digest`); empty for ratio 1.
         plugin_parameters: Number of parameters the plugin adds.
         untrained: True if the plugin is for speed measurements only.
         flops: At batch 1, 128 tokens: attention, ffn, plugin, head, total, saved (share of ratio 1's total).
@@ -107,6 +110,13 @@ class Manifest:
             manifest = Manifest(ratios=ratios, files=files, **data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise BundleError(f"{place} is damaged: {error}", fix=fix) from error
+        wrong = [
+            f"{entry.name} is {getattr(manifest, entry.name)!r}"
+            for entry in dataclasses.fields(Manifest)
+            if entry.type in _KINDS and not isinstance(getattr(manifest, entry.name), _KINDS[str(entry.type)])
+        ]
+        if wrong:
+            raise BundleError(f"{place} is damaged: {'; '.join(wrong)}", fix=fix)
         unlisted = [entry.graph for entry in manifest.ratios.values() if entry.graph not in manifest.files]
         if 1 not in manifest.ratios or unlisted:
             raise BundleError(f"{place} is damaged: ratio 1 or a graph is not listed {unlisted}", fix=fix)
@@ -180,7 +190,7 @@ class Bundle:
             raise InputError(
                 f"ratio {ratio!r} is not in {self.path}",
                 valid=", ".join(map(str, self.ratios)),
-                fix=f"variator export {self.manifest.model} --ratio {ratio} -o {self.path} --overwrite",
+                fix="export the model again with all the ratios you need, into a new bundle",
             )
         return self.manifest.ratios[ratio]
 
@@ -197,10 +207,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> Bundle:
     return bundle
 
 
-def list_files(directory: Path) -> dict[str, FileEntry]:
-    """Every file in a flat directory but the manifest, with size and hash."""
+def list_files(directory: Path, *names: str) -> dict[str, FileEntry]:
+    """Every file in a flat directory but the manifest, or those named, with size and hash."""
     return {
         path.name: FileEntry(path.stat().st_size, sha256_of(path))
         for path in sorted(directory.iterdir())
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name != MANIFEST and (not names or path.name in names)
     }

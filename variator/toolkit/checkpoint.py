@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,14 @@ AUTO_CLASSES = {
     "qa": "AutoModelForQuestionAnswering",
     "hidden": "AutoModel",
 }
+
+SENTENCE_TRANSFORMERS = [
+    ["Transformer", "Pooling"],
+    ["Transformer", "Pooling", "Normalize"],
+    ["Transformer", "Pooling", "Dense"],
+    ["Transformer", "Pooling", "Dense", "Normalize"],
+]
+"""Chains of sentence-transformers modules that `heads.EmbedHead` computes."""
 
 TORCH_ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modules.linear.Identity": ""}
 """Activation classes that a sentence-transformers Dense module may name -> ours."""
@@ -77,6 +85,7 @@ class Backbone:
         max_length: Longest sequence in tokens the checkpoint allows.
         token_types: Whether `token_type_ids` is an input.
         fingerprint: sha256 over the encoder's tensors; the head is not part of it.
+        source: The directory or hub id it was loaded from.
         real: False for a checkpoint with random weights.
     """
 
@@ -89,6 +98,7 @@ class Backbone:
     max_length: int
     token_types: bool
     fingerprint: str
+    source: str
     real: bool = True
     pooling: dict[str, Any] = field(default_factory=dict)
 
@@ -130,6 +140,9 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
             and normalisation.
         name: What to call the model in manifests; the directory's name or the hub id by default.
 
+    Weights come from safetensors files or, where a checkpoint has only `pytorch_model.bin`, through transformers'
+    `weights_only` loading.
+
     Raises:
         BackboneError: If it cannot be read, is of an unsupported architecture, or lacks the task's head.
         InputError: For an unknown task.
@@ -142,7 +155,7 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
     if model.startswith(PREFIX):
         with tempfile.TemporaryDirectory() as scratch:
             directory = write_random_checkpoint(model.removeprefix(PREFIX), Path(scratch) / "model")
-            return load_backbone(str(directory), task, name or model.replace(":", "-"))
+            return replace(load_backbone(str(directory), task, name or model.replace(":", "-")), source=model)
     directory = Path(model)
     if not directory.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise BackboneError(
@@ -171,6 +184,7 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
         max_length=min(limit, encoder.config.max_length),
         token_types=encoder.config.token_types > 1 and task != "embed",
         fingerprint=fingerprint(family, weights, config),
+        source=model,
         real=not getattr(config, RANDOM_MARK, False),
         pooling=pooling,
     )
@@ -245,17 +259,24 @@ def _sentence_transformers_files(model: str, directory: Path) -> dict[str, Any]:
     modules = read("modules.json")
     if modules is None:
         return {}
+    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
+    if kinds not in SENTENCE_TRANSFORMERS:
+        raise BackboneError(
+            f"sentence-transformers modules {', '.join(kinds)} are not supported",
+            valid="; ".join(", ".join(known) for known in SENTENCE_TRANSFORMERS),
+        )
+    if (read("sentence_bert_config.json") or {}).get("do_lower_case"):
+        raise BackboneError(
+            f"{model!r} lowercases texts outside its tokenizer (do_lower_case in sentence_bert_config.json)",
+            valid="do_lower_case false",
+            fix="let the tokenizer lowercase, and set it to false",
+        )
     files: dict[str, Any] = {
         "modules.json": modules,
         "sentence_bert_config.json": read("sentence_bert_config.json") or {},
     }
     for module in modules:
         kind, folder = str(module["type"]).rsplit(".", 1)[-1], str(module["path"])
-        if kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
-            raise BackboneError(
-                f"sentence-transformers module {kind!r} is not supported",
-                valid="Transformer, Pooling, Dense, Normalize",
-            )
         if kind in ("Pooling", "Dense"):
             files[kind] = read(f"{folder}/config.json")
         if kind == "Dense":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ class Corpus:
 
     sources: tuple[Source, ...]
 
-    def batch(self, tokenizer: PreTrainedTokenizerBase, seed: int, step: int, tokens: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, tokenizer: PreTrainedTokenizerBase, seed: int, step: int, tokens: int, limit: int = LONGEST_SPAN
+    ) -> tuple[Tensor, Tensor]:
         """The batch of one step.
 
         Args:
@@ -58,9 +61,10 @@ class Corpus:
             seed: Of the run.
             step: From 0.
             tokens: Upper bound of rows x length, padding included.
+            limit: Longest row the model allows.
 
         Returns:
-            input_ids and attention_mask, int64 [rows, length], length at most `LONGEST_SPAN`.
+            input_ids and attention_mask, int64 [rows, length], length at most `LONGEST_SPAN` and `limit`.
         """
         rng = random.Random(f"{seed}:{step}")
         pieces = rng.choice(self.sources).pieces
@@ -69,7 +73,7 @@ class Corpus:
         # Twice the characters that the budget needs: tokens per character vary, and the surplus is cut below.
         while len(drawn) < tokens // 4 and sum(map(len, drawn)) < 2 * CHARACTERS_PER_TOKEN * tokens:
             drawn.append(pieces[(start + len(drawn)) % len(pieces)])
-        encoded = tokenizer(drawn, truncation=True, max_length=LONGEST_SPAN, padding=False)["input_ids"]
+        encoded = tokenizer(drawn, truncation=True, max_length=min(LONGEST_SPAN, limit), padding=False)["input_ids"]
         kept: list[list[int]] = []
         longest = 0
         for ids in encoded:
@@ -115,7 +119,7 @@ def _texts(path: Path) -> Iterator[str]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8").strip()
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield from [text] if kind == ".txt" else _fields(path, number, text)
     except UnicodeDecodeError as error:
@@ -124,7 +128,7 @@ def _texts(path: Path) -> Iterator[str]:
             valid="UTF-8 text",
             fix=f"iconv -f latin1 -t utf-8 {path.name}, if it is Latin-1",
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"cannot read {path}: {error}", valid="a readable, undamaged file") from error
 
 

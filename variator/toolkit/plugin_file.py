@@ -5,6 +5,7 @@ Written by training, read by export. Also finds the plugins that ship with the p
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,13 +18,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from variator.errors import InputError, PluginError
-from variator.files import write_atomically
+from variator.files import disk_errors, write_atomically
 from variator.toolkit.plugin import PluginConfig, initial_tensors, tensor_shapes
 
 if TYPE_CHECKING:
     from variator.toolkit.checkpoint import Backbone
 
 FORMAT_VERSION = 1
+HEADER = "variator.plugin"
+"""Metadata entry that holds everything but the tensors, as JSON."""
+
 SHIPPED = Path(__file__).parent.parent / "plugins"
 """Directory of the plugins that come with the package, one folder per backbone."""
 
@@ -57,6 +61,15 @@ class Plugin:
         """Number of parameters."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    @property
+    def digest(self) -> str:
+        """sha256 over names, shapes and bytes of its tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise `PluginError` unless this plugin was trained for this very backbone."""
         if self.backbone != backbone.fingerprint:
@@ -65,7 +78,7 @@ class Plugin:
                 f"({self.family}, {self.layers} layers of {self.hidden_size}, fingerprint {self.backbone[:12]})",
                 valid=f"a plugin for {backbone.id} ({backbone.family}, {backbone.config.layers} layers of "
                 f"{backbone.config.hidden_size}, fingerprint {backbone.fingerprint[:12]})",
-                fix=f"variator train {backbone.id} --ratio {self.config.ratio} --corpus FILE -o DIR",
+                fix=f"variator train {backbone.source} --ratio {self.config.ratio} --corpus FILE -o DIR",
             )
 
 
@@ -83,23 +96,34 @@ def untrained_plugin(backbone: Backbone, config: PluginConfig) -> Plugin:
 
 
 def plugin_bytes(plugin: Plugin, dtype: torch.dtype = torch.float16) -> bytes:
-    """The file's content. fp16 halves it; its rounding (1e-3 relative) is far below what the plugin itself loses."""
-    metadata = {
-        "format": "variator.plugin",
-        "format_version": str(FORMAT_VERSION),
-        "config": json.dumps(asdict(plugin.config)),
+    """The file's content, the same for the same plugin. fp16 halves it; its rounding (1e-3 relative) is far below
+    what the plugin itself loses.
+
+    Raises:
+        PluginError: If a value is not finite or too large for the type.
+    """
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in plugin.tensors.items()}
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise PluginError(f"tensor {bad[0]!r} of the ratio-{plugin.config.ratio} plugin is not finite in {dtype}",
+                          fix="train it again with a lower learning rate")  # fmt: skip
+    header = {
+        "format_version": FORMAT_VERSION,
+        "config": asdict(plugin.config),
         "family": plugin.family,
-        "layers": str(plugin.layers),
-        "hidden_size": str(plugin.hidden_size),
+        "layers": plugin.layers,
+        "hidden_size": plugin.hidden_size,
         "backbone": plugin.backbone,
-        "training": json.dumps(plugin.training),
+        "training": plugin.training,
     }
-    return save({name: tensor.to(dtype).contiguous() for name, tensor in plugin.tensors.items()}, metadata)
+    # One entry: safetensors writes several in random order, and the same seed is to give the same file.
+    return save(tensors, {HEADER: json.dumps(header)})
 
 
 def save_plugin(plugin: Plugin, directory: Path) -> Path:
     """Write `ratio-<k>.safetensors` in `directory`, whole or not at all, and return its path."""
-    directory.mkdir(parents=True, exist_ok=True)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"ratio-{plugin.config.ratio}.safetensors"
     write_atomically(path, plugin_bytes(plugin))
     return path
@@ -120,26 +144,24 @@ def load_plugin(path: Path) -> Plugin:
         raise PluginError(
             f"cannot read plugin {path}: {error}", valid="a plugin written by `variator train`", fix=fix
         ) from error
-    if metadata.get("format") != "variator.plugin":
+    if HEADER not in metadata:
         raise PluginError(f"{path} is a safetensors file but not a plugin", valid="one written by `variator train`")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
+    try:
+        header = json.loads(metadata[HEADER])
+        version = header["format_version"]
+        if version == FORMAT_VERSION:
+            plugin = Plugin(
+                PluginConfig(**header["config"]), tensors, str(header["family"]), int(header["layers"]),
+                int(header["hidden_size"]), str(header["backbone"]), dict(header["training"]),
+            )  # fmt: skip
+    except (KeyError, ValueError, TypeError, InputError) as error:
+        raise PluginError(f"the header of plugin {path} is damaged: {error}", fix=fix) from error
+    if version != FORMAT_VERSION:
         raise PluginError(
-            f"{path} has plugin format version {metadata.get('format_version')}",
+            f"{path} has plugin format version {version}",
             valid=str(FORMAT_VERSION),
             fix="use the version of variator that wrote it, or train again",
         )
-    try:
-        plugin = Plugin(
-            PluginConfig(**json.loads(metadata["config"])),
-            tensors,
-            metadata["family"],
-            int(metadata["layers"]),
-            int(metadata["hidden_size"]),
-            metadata["backbone"],
-            json.loads(metadata["training"]),
-        )
-    except (KeyError, ValueError, TypeError, InputError) as error:
-        raise PluginError(f"the header of plugin {path} is damaged: {error}", fix=fix) from error
     shapes = tensor_shapes(plugin.config, plugin.hidden_size, plugin.layers)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:

@@ -73,6 +73,8 @@ class TrainSettings:
             raise InputError(f"ratios {ratios} to train", valid="at least one ratio, each once")
         if self.steps < 1 or self.tokens < 16:
             raise InputError(f"{self.steps} steps of {self.tokens} tokens", valid="1 or more steps, 16 or more tokens")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise InputError(f"learning rate {self.learning_rate}", valid="a positive number; 3e-3 is the default")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise InputError(f"unknown training precision {self.precision!r}", valid="auto, fp32, bf16")
 
@@ -120,7 +122,7 @@ def train(
 
     Args:
         on_step: Called after every step.
-        overwrite: Whether finished plugins or another run's state in `directory` may be replaced.
+        overwrite: Start anew, whatever finished plugins or interrupted run `directory` holds.
 
     Returns:
         The plugins, in the order of `settings.plugins`.
@@ -140,9 +142,16 @@ def train(
     while state.step < settings.steps:
         try:
             started = time.perf_counter()
-            ids, mask = corpus.batch(backbone.tokenizer, settings.seed, state.step, settings.tokens)
+            ids, mask = corpus.batch(
+                backbone.tokenizer, settings.seed, state.step, settings.tokens, backbone.max_length
+            )
             with interrupt_deferred(), torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
                 losses = train_step(encoder, settings, state, ids, mask)
+            if not all(math.isfinite(loss) for loss in losses.values()):
+                raise VariatorError(
+                    f"the loss is {losses} at step {state.step}; nothing was written of this step",
+                    fix="train with a lower --learning-rate",
+                )
             speed = int(mask.sum()) / (time.perf_counter() - started)
             on_step(Progress(state.step, settings.steps, losses, speed))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
@@ -151,7 +160,8 @@ def train(
         except KeyboardInterrupt as interrupt:
             _save_state(state, directory, key)
             raise InterruptedTrainingError(
-                f"stopped after step {state.step} of {settings.steps}; the state is saved in {directory}",
+                f"stopped after step {state.step} of {settings.steps}; "
+                + (f"the state is saved in {directory}" if state.step else "there was nothing to save yet"),
                 fix="run the same command again to go on",
             ) from interrupt
     plugins = [_finished(backbone, corpus, settings, state, config) for config in settings.plugins]
@@ -279,7 +289,7 @@ def _resume(backbone: Backbone, settings: TrainSettings, directory: Path, key: s
     path = directory / STATE_FILE
     if not overwrite and finished and not path.exists():
         raise InputError(f"{directory} already holds plugins for ratios {finished}", fix="another -o, or --overwrite")
-    if not path.exists():
+    if overwrite or not path.exists():
         return state
     try:
         with safe_open(path, framework="pt") as file:
@@ -288,16 +298,13 @@ def _resume(backbone: Backbone, settings: TrainSettings, directory: Path, key: s
                 _restore(state, saved, file.get_tensor)
                 return state
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        if not overwrite:
-            raise InputError(
-                f"the interrupted run in {path} is damaged: {error}", fix="start anew with --overwrite"
-            ) from error
-    if not overwrite:
         raise InputError(
-            f"{directory} holds an interrupted run with another model, corpus or settings",
-            fix="repeat that command to finish it, or start anew with --overwrite",
-        )
-    return state
+            f"the interrupted run in {path} is damaged: {error}", fix="start anew with --overwrite"
+        ) from error
+    raise InputError(
+        f"{directory} holds an interrupted run with another model, corpus or settings",
+        fix="repeat that command to finish it, or start anew with --overwrite",
+    )
 
 
 def _restore(state: State, saved: dict[str, Any], tensor_of: Callable[[str], Tensor]) -> None:
