@@ -333,9 +333,7 @@ def load_engine(bundle: Bundle, built: BuiltEngine, ratio: int, threads: int = 0
     """
     backend = BACKENDS[built.record.backend]
     if built.record.files:
-        built.verify(
-            *(name for name in built.record.files if not name.endswith(".onnx") or name == f"ratio-{ratio}.onnx")
-        )
+        built.verify(f"ratio-{ratio}.onnx", *(name for name in built.record.files if not name.endswith(".onnx")))
     else:  # compiled from the bundle's own graphs
         data = (name for name in bundle.manifest.files if name.endswith(".data"))
         bundle.verify(bundle.ratio(ratio).graph, *data)

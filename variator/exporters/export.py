@@ -113,7 +113,8 @@ def _export_ratios(
     on_stage: Callable[[str], None],
 ) -> dict[int, RatioEntry]:
     store = WeightStore(directory)
-    text = backbone.tokenizer(PASSAGE, truncation=True, max_length=backbone.max_length)["input_ids"]
+    tokens = backbone.tokenizer(PASSAGE, truncation=True, max_length=backbone.max_length)["input_ids"]
+    text = [token for token in tokens if token != backbone.original.config.pad_token_id]
     feeds = make_feeds(backbone.inputs, backbone.config.vocabulary, backbone.max_length, text)
     cases = [Case(feed, {}) for feed in feeds]
     entries: dict[int, RatioEntry] = {}
