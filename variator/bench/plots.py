@@ -401,3 +401,21 @@ def _short(text: str) -> str:
 
 def _percent_tick(value: float, _: float) -> str:
     return f"{100 * value:.0f} %"
+
+
+def standalone(drawing: str) -> str:
+    """A drawing as an SVG file of its own, in the light scheme on white."""
+    scheme = {"var(--ink)": "#1d2329", "var(--muted)": "#5c6670", "var(--line)": "#d8dde2", "var(--paper)": "#fff"}
+    for variable, colour in scheme.items():
+        drawing = drawing.replace(variable, colour)
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    drawing = drawing.replace("<svg", f"<svg {names}", 1)
+    return drawing.replace(">", '><rect width="100%" height="100%" fill="#fff"/>', 1) + "\n"
+
+
+if __name__ == "__main__":  # python -m variator.bench.plots RECORD.json PICTURE.svg: the picture of the README
+    import sys
+    from pathlib import Path
+
+    found = plots(Record.load(Path(sys.argv[1])))
+    Path(sys.argv[2]).write_text(standalone(found[0].drawings[0]), encoding="utf-8")

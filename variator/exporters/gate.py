@@ -39,12 +39,12 @@ FIRST_ORDINARY = 5
 """Token ids below are special tokens in the usual vocabularies. RoBERTa's own code takes a padding id among real
 tokens for padding and counts positions differently; the runtime never sends one."""
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.05, "int8": 0.7}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.5}
 """Largest accepted error by precision: the L2 norm of the difference over the reference's, per case.
 
-A wrong mask, weight or order gives about 1. The low precisions' limits only tell rounding from wrong: on the real
-MiniLM with its trained plugins bf16 has up to TBD, int8 up to TBD. Whether that is good enough is a question of
-quality, see `variator bench`.
+A wrong mask, weight or order gives about 1. Measured on the real MiniLM with its shipped plugins, all ratios: fp32
+4e-6, bf16 0.014, int8 0.19 (OpenVINO) and 0.15 (ONNX Runtime). The low precisions' limits only tell rounding from
+wrong; whether it is good enough is a question of quality, see `variator bench`.
 """
 
 
