@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,7 +174,6 @@ def test_code_in_a_model_directory_is_not_run(tmp_path: Path) -> None:
 def test_chains_of_modules_we_do_not_compute_are_refused(
     checkpoint: Path, tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    import shutil
 
     modules = shutil.copytree(checkpoint, tmp_path / "copy") / "modules.json"
     text = modules.read_text().replace(old, new)
@@ -180,7 +183,6 @@ def test_chains_of_modules_we_do_not_compute_are_refused(
 
 
 def test_lowercasing_outside_the_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
 
     settings = shutil.copytree(checkpoint, tmp_path / "copy") / "sentence_bert_config.json"
     settings.write_text(settings.read_text().replace("false", "true"))
@@ -189,10 +191,24 @@ def test_lowercasing_outside_the_tokenizer_is_refused(checkpoint: Path, tmp_path
 
 
 def test_a_pooling_folder_outside_the_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     modules = copy / "modules.json"
     modules.write_text(modules.read_text().replace('"1_Pooling"', '"../elsewhere"'))
     with pytest.raises(BackboneError, match="outside"):
         load_backbone(str(copy))
+
+
+def test_a_hub_id_is_loaded_from_the_hub_libraries_cache(checkpoint: Path, tmp_path: Path) -> None:
+    """As after a download: the cache's own layout, a fresh process, no network."""
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(checkpoint, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    show = "print(b.id, b.task, b.max_length, b.fingerprint)"
+    code = f"from variator import load_backbone; b = load_backbone('acme/tiny'); {show}"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["acme/tiny", "embed", "150", load_backbone(str(checkpoint)).fingerprint]
