@@ -45,7 +45,8 @@ def test_it_is_recognised(minilm: Backbone) -> None:
 def test_a_plugin_ships_with_its_record(minilm: Backbone, ratio: int) -> None:
     plugin = find_plugin(minilm, ratio)
     assert plugin is not None and plugin.config.ratio == ratio and not plugin.untrained
-    assert {entry["file"] for entry in plugin.training["corpus"]} >= {"train.jsonl.gz"}
+    files = {entry["file"] for entry in plugin.training["corpus"]}
+    assert files == {f"{task}-train.jsonl.gz" for task in ("wikipedia", "stsb", "mnli", "qqp", "qnli", "mrpc")}
     assert plugin.training["steps"] > 0 and len(plugin.training["layer_errors"]) == 6
     assert (SHIPPED / "all-MiniLM-L6-v2" / f"ratio-{ratio}.safetensors").stat().st_size < 1_500_000
 

@@ -20,7 +20,7 @@ from rich.text import Text
 import variator
 from variator.errors import InputError, VariatorError
 
-GUIDE = """Make a frozen Transformer encoder faster with small plugins, and switch how much by the load of the day.
+GUIDE = """Make a frozen Transformer encoder faster with small plugins, and choose how much per request.
 
 A plugin merges every k hidden vectors in front of a layer's feed-forward network and expands them behind it. k is
 the ratio: 1 is the model itself, 2, 4 and 8 save more. The usual way:

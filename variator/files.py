@@ -6,6 +6,8 @@ Used by every room that writes something another process may read.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -16,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from variator.errors import BundleError, VariatorError
+
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors that are the disk's, whatever was being done."""
 
 
 def sha256_of(path: Path) -> str:
@@ -97,8 +102,14 @@ def directory_written_whole(final: Path, *, replace: bool = False) -> Iterator[P
         # The process id in the name lets a later run tell a leftover from a neighbour at work.
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.part-{os.getpid()}-", dir=final.parent))
     try:
-        with disk_errors(final):
+        try:
             yield partial
+        except OSError as error:
+            if error.errno not in DISK_TROUBLE:
+                raise
+            with disk_errors(final):
+                raise
+        with disk_errors(final):
             partial.chmod(0o755)
             if not final.exists():
                 partial.rename(final)
@@ -124,7 +135,7 @@ def _tidy(final: Path, aside: Path) -> None:
     if aside.exists() and not final.exists():
         aside.rename(final)
     shutil.rmtree(aside, ignore_errors=True)
-    for leftover in final.parent.glob(f".{final.name}.part-*"):
+    for leftover in final.parent.glob(f".{glob.escape(final.name)}.part-*"):
         owner = leftover.name.split(".part-")[-1].split("-")[0]
         if owner.isdigit() and not _alive(int(owner)):
             shutil.rmtree(leftover, ignore_errors=True)

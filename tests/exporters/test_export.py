@@ -105,6 +105,17 @@ def test_the_gate_names_tensor_shape_and_error(bundle: Bundle) -> None:
     assert compare("my engine", "int8", cases, 4, off) > 0
 
 
+def test_the_gate_knows_another_ratios_answers_but_not_rounding_between_close_ones() -> None:
+    rng = np.random.default_rng(0)
+    feed = {"input_ids": np.zeros((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
+    own = rng.normal(size=(1, 2)).astype(np.float32)
+    far, close = own * 0.7, own * 0.99
+    cases = [Case(feed, {1: {"logits": own}, 2: {"logits": far}, 4: {"logits": close}})]
+    with pytest.raises(GateError, match="like ratio 2, not like ratio 1"):
+        compare("it", "int8", cases, 1, lambda _: {"logits": far})
+    assert compare("it", "int8", cases, 1, lambda _: {"logits": own * 0.993}) > 0
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

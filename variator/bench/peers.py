@@ -26,8 +26,6 @@ from variator.exporters.graph import trace
 from variator.files import directory_written_whole, sha256_of_json
 from variator.toolkit.checkpoint import Backbone
 
-OPTIMISER_TYPES = {"bert": "bert", "roberta": "bert", "distilbert": "bert", "electra": "bert"}
-
 
 @dataclass(frozen=True)
 class Peer:
@@ -68,7 +66,7 @@ def load_peers(backbone: Backbone, cache: Path, threads: int, on_stage: Callable
         cache: A directory to keep the peers' graphs in, beside the bundle's engines.
         threads: For each peer.
     """
-    packages = ("torch", "transformers", "onnxruntime")
+    packages = ("variator", "torch", "transformers", "onnxruntime")
     key = sha256_of_json([backbone.fingerprint, backbone.task, [importlib.metadata.version(p) for p in packages]])[:16]
     directory = cache / f"peer-{key}"
     if not directory.exists():
@@ -87,7 +85,7 @@ def _torch_peer(backbone: Backbone) -> Peer:
     """sentence-transformers for its own checkpoints where it is installed, else transformers (with our pooling)."""
     model: Callable[..., tuple[Any, ...]] = Plain(backbone).eval()
     name = "torch-transformers"
-    if backbone.task == "embed":
+    if backbone.pooling.get("from") == "modules.json":
         with contextlib.suppress(ImportError):
             from sentence_transformers import SentenceTransformer
 
@@ -115,7 +113,7 @@ def _export_stock(backbone: Backbone, directory: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # the optimiser prints
         model = optimizer.optimize_model(
             str(plain),
-            OPTIMISER_TYPES[backbone.family],
+            "bert",
             num_heads=backbone.config.heads,
             hidden_size=backbone.config.hidden_size,
             opt_level=0,

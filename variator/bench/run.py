@@ -85,7 +85,6 @@ def bench(
     threads = settings.threads or machine.cores()
     built, notes = built_engines(bundle, settings.engines)
     ratios = sorted({1, *(settings.ratios or bundle.ratios)})
-    peers = _peers(bundle, settings, threads, on_stage)
     lengths = {length for _, length in settings.shapes}
     flops = {(ratio, length): count_flops(bundle.graph(ratio), length) for ratio in ratios for length in lengths}
     results: list[Result] = []
@@ -95,6 +94,7 @@ def bench(
             on_stage(f"memory of {engine.record.backend} {engine.record.precision}")
             shape = max(settings.shapes, key=lambda s: s[0] * s[1])
             memories += memory.measure(bundle.path, engine.record.backend, engine.record.precision, shape)
+    peers = _peers(bundle, settings, threads, on_stage)
     with contextlib.ExitStack() as stack:
         runtimes = [
             stack.enter_context(Runtime.open(bundle, e.record.backend, e.record.precision, threads)) for e in built
@@ -356,9 +356,9 @@ def _flops(
 def _disk(bundle: Bundle) -> dict[str, int]:
     sizes = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     for directory in sorted((bundle.path / "engines").glob("*-*")):
-        if directory.is_dir() and not directory.name.startswith("peer"):
-            label = directory.name.rsplit("-", 1)[0]
-            sizes[f"engines/{label}"] = sum(file.stat().st_size for file in directory.iterdir())
+        if directory.is_dir() and not directory.name.startswith((".", "peer")):
+            label = f"engines/{directory.name.rsplit('-', 1)[0]}"
+            sizes[label] = sizes.get(label, 0) + sum(file.stat().st_size for file in directory.iterdir())
     return sizes
 
 

@@ -78,10 +78,10 @@ class OpenVinoBackend:
 
     def options(self, precision: str) -> dict[str, str]:
         """See `Backend.options`."""
-        return {key: str(value) for key, value in _settings(precision, 0).items()} | {
-            "int8": RECIPE,
-            "quantiser": importlib.metadata.version("onnxruntime"),
-        }
+        options = {key: str(value) for key, value in _settings(precision, 0).items()}
+        if precision == "int8":
+            options |= {"int8": RECIPE, "quantiser": importlib.metadata.version("onnxruntime")}
+        return options
 
     def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
         """See `Backend.compile`."""

@@ -35,6 +35,10 @@ nobody can say. Today the light is switched on by a timer; visitors may go up be
 weather allows it, and on a clear day they can see the islands, the chalk cliffs and, with good eyes, the wreck."""
 """Real text for the gate: on random ids a real model's activations look like nothing it was made for."""
 
+CONFUSED = 0.25
+"""Squared distance to another ratio's answers, over that to its own, below which an artefact is the other ratio. Not
+1: where two ratios answer alike, rounding decides which is nearer."""
+
 FIRST_ORDINARY = 5
 """Token ids below are special tokens in the usual vocabularies. RoBERTa's own code takes a padding id among real
 tokens for padding and counts positions differently; the runtime never sends one."""
@@ -140,7 +144,7 @@ def compare(
         The largest absolute error.
 
     Raises:
-        GateError: Naming the tensor, the shape and the error; also if the answers are nearer to another ratio's.
+        GateError: Naming the tensor, the shape and the error; also if the answers are clearly another ratio's.
     """
     worst = 0.0
     distances = dict.fromkeys(cases[0].expected if cases else [], 0.0)
@@ -166,7 +170,7 @@ def compare(
             for other, others in case.expected.items():
                 distances[other] += float(np.square(found[kept] - others[tensor][kept]).sum())
     nearest = min(distances, key=lambda other: distances[other], default=ratio)
-    if distances and distances[nearest] < distances[ratio]:
+    if distances and distances[nearest] < CONFUSED * distances[ratio]:
         raise GateError(f"{name} answers like ratio {nearest}, not like ratio {ratio}", fix="build or export it again")
     return worst
 

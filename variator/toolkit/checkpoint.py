@@ -330,4 +330,4 @@ def _embed_head(files: Mapping[str, Any]) -> tuple[EmbedHead, dict[str, Any]]:
         )
     normalise = "Normalize" in files
     head = EmbedHead(chosen[0], normalise, dense, activation)
-    return head, {"pooling": chosen[0], "normalise": normalise, "dense": dense is not None}
+    return head, {"pooling": chosen[0], "normalise": normalise, "dense": dense is not None, "from": "modules.json"}

@@ -149,8 +149,8 @@ def train(
                 losses = train_step(encoder, settings, state, ids, mask)
             if not all(math.isfinite(loss) for loss in losses.values()):
                 raise VariatorError(
-                    f"the loss is {losses} at step {state.step}; nothing was written of this step",
-                    fix="train with a lower --learning-rate",
+                    f"the loss is {losses} at step {state.step}; no plugin was written",
+                    fix="train with a lower --learning-rate, and --overwrite",
                 )
             speed = int(mask.sum()) / (time.perf_counter() - started)
             on_step(Progress(state.step, settings.steps, losses, speed))
@@ -162,7 +162,7 @@ def train(
             raise InterruptedTrainingError(
                 f"stopped after step {state.step} of {settings.steps}; "
                 + (f"the state is saved in {directory}" if state.step else "there was nothing to save yet"),
-                fix="run the same command again to go on",
+                fix="run the same command again to go on (without --overwrite)",
             ) from interrupt
     plugins = [_finished(backbone, corpus, settings, state, config) for config in settings.plugins]
     for plugin in plugins:
