@@ -10,11 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from variator.bench.record import Memory
 from variator.engines.build import find_built, load_engine
 from variator.errors import EngineError
+from variator.exporters.gate import full_feed
 from variator.toolkit.bundle import Bundle
 
 
@@ -44,7 +43,7 @@ def measure(bundle: Path, engine: str, precision: str, shape: tuple[int, int]) -
 def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int) -> None:
     bundle = Bundle.open(bundle_path)
     built, _ = find_built(bundle, engine, precision)
-    feed = {name: np.full((batch, length), name != "token_type_ids", np.int64) for name in bundle.manifest.inputs}
+    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (batch, length))
     entries: list[dict[str, object]] = []
     loaded = []
     empty = pss_bytes()

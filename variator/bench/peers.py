@@ -19,9 +19,9 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from variator import machine
 from variator.engines.base import Feed, Outputs
 from variator.engines.quantise import quiet_quantiser
+from variator.exporters.gate import plain_runner
 from variator.exporters.graph import trace
 from variator.files import directory_written_whole, sha256_of_json
 from variator.toolkit.checkpoint import Backbone
@@ -76,8 +76,8 @@ def load_peers(backbone: Backbone, cache: Path, threads: int, on_stage: Callable
     torch.set_num_threads(threads)
     return [
         _torch_peer(backbone),
-        Peer("onnxruntime-stock", "fp32", _onnx_runner(directory / "fp32.onnx", threads)),
-        Peer("onnxruntime-stock", "int8", _onnx_runner(directory / "int8.onnx", threads)),
+        Peer("onnxruntime-stock", "fp32", plain_runner(directory / "fp32.onnx", threads)),
+        Peer("onnxruntime-stock", "int8", plain_runner(directory / "int8.onnx", threads)),
     ]
 
 
@@ -129,14 +129,3 @@ def _export_stock(backbone: Backbone, directory: Path) -> None:
         )
     for path in directory.glob("plain.onnx*"):
         path.unlink()
-
-
-def _onnx_runner(graph: Path, threads: int) -> Callable[[Feed], Outputs]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or machine.cores()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return lambda feed: dict(zip(names, session.run(None, dict(feed)), strict=True))

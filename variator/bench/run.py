@@ -22,6 +22,7 @@ from variator.engines.build import BACKENDS, BuiltEngine, find_built
 from variator.engines.runtime import Runtime
 from variator.errors import EngineError, InputError
 from variator.exporters.flops import count_flops
+from variator.exporters.gate import full_feed
 from variator.toolkit.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ def _time(
     flops: Mapping[tuple[int, int], Mapping[str, int]],
     settings: BenchSettings,
 ) -> list[Result]:
-    batch, length = shape
-    feed = _full_feed(bundle, batch, length)
+    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
     timings = race(
         {index: (lambda runner=runner: runner.run(feed)) for index, runner in enumerate(runners)},  # type: ignore[misc]
         settings.runs,
@@ -203,18 +203,6 @@ def _time(
         _result(runner, timings[index], first[runner.engine, runner.precision], shape, flops)
         for index, runner in enumerate(runners)
     ]
-
-
-def _full_feed(bundle: Bundle, batch: int, length: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
-    """Random tokens without padding: every token of the shape is real work."""
-    rng = np.random.default_rng(0)
-    feed = {
-        "input_ids": rng.integers(0, bundle.manifest.vocabulary, (batch, length)),
-        "attention_mask": np.ones((batch, length), np.int64),
-    }
-    if "token_type_ids" in bundle.manifest.inputs:
-        feed["token_type_ids"] = np.zeros((batch, length), np.int64)
-    return feed
 
 
 def _result(

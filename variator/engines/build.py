@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
 import variator
@@ -25,7 +24,7 @@ from variator.engines.base import Backend, Engine, Feed
 from variator.engines.onnxruntime import OnnxRuntimeBackend
 from variator.engines.openvino import OpenVinoBackend
 from variator.errors import EngineError, InputError
-from variator.exporters.gate import compare, load_cases, make_feeds
+from variator.exporters.gate import compare, full_feed, load_cases
 from variator.files import directory_written_whole, disk_errors, inside, sha256_of_json, write_atomically
 from variator.toolkit.bundle import GATE_FILE, Bundle, FileEntry, list_files
 
@@ -172,8 +171,9 @@ def build(
         bundle.verify()
         with directory_written_whole(directory, replace=True) as partial:
             _build(bundle, backend, precision, directory.name, partial, threads or machine.cores(), on_stage)
-        _remove_stale(BuiltEngine(directory, _read_record(directory)))
-    return BuiltEngine(directory, _read_record(directory))
+        built = BuiltEngine(directory, _read_record(directory))
+        _remove_stale(built)
+    return built
 
 
 def _build(
@@ -188,7 +188,9 @@ def _build(
     on_stage(f"compiling {len(bundle.ratios)} ratios with {backend.name} in {precision}")
     backend.compile(bundle, precision, directory)
     cases = load_cases(inside(bundle.path, GATE_FILE))
-    probe = _probe_feed(bundle)
+    batch, length = PROBE_SHAPE
+    shape = (batch, min(length, bundle.manifest.max_length))
+    probe = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
     errors, probes = {}, {}
     for ratio in bundle.ratios:
         on_stage(f"checking ratio {ratio} against PyTorch")
@@ -215,17 +217,6 @@ def _build(
         list_files(directory),
     )
     write_atomically(directory / ENGINE_FILE, json.dumps(asdict(record), indent=1) + "\n")
-
-
-def _probe_feed(bundle: Bundle) -> Feed:
-    batch, length = PROBE_SHAPE
-    length = min(length, bundle.manifest.max_length)
-    feed = make_feeds(bundle.manifest.inputs, bundle.manifest.vocabulary, length)[-1]
-    whole = np.ones((batch, length), np.int64)
-    return {
-        name: np.resize(values, whole.shape) if name == "input_ids" else whole * (name == "attention_mask")
-        for name, values in feed.items()
-    }
 
 
 def _time(engine: Engine, feed: Feed, runs: int = 7) -> float:

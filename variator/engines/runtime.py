@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,9 @@ from variator.errors import BundleError, EngineError, InputError
 from variator.exporters.gate import PER_TOKEN
 from variator.files import inside
 from variator.toolkit.bundle import Bundle
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Lengths that rows are padded to: few distinct shapes, little padding."""
@@ -90,9 +95,13 @@ class Runtime:
             raise BundleError(f"cannot read {path}: {error}", fix="export again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Truncation the tokenizer's own way keeps the special tokens.
-        self._truncating = Tokenizer.from_str(self._tokenizer.to_str())
-        self._truncating.enable_truncation(bundle.manifest.max_length)
+
+    @cached_property
+    def _truncating(self) -> Tokenizer:
+        """Truncates its own way, which keeps the special tokens. Made on first use: it parses the file again."""
+        tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        tokenizer.enable_truncation(self.bundle.manifest.max_length)
+        return tokenizer
 
     @staticmethod
     def open(

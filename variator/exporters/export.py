@@ -14,7 +14,7 @@ import onnx_ir
 import variator
 from variator.errors import InputError, PluginError
 from variator.exporters.flops import PART_KEY, count_flops, part_of
-from variator.exporters.gate import PASSAGE, Array, Case, Feed, compare, make_feeds, reference_outputs, save_cases
+from variator.exporters.gate import PASSAGE, Case, compare, make_feeds, plain_runner, reference_outputs, save_cases
 from variator.exporters.graph import Compressed, export_graph
 from variator.files import directory_written_whole
 from variator.toolkit.bundle import GATE_FILE, Bundle, Manifest, RatioEntry, list_files, write_manifest
@@ -79,7 +79,7 @@ def export(
     backbone = model if isinstance(model, Backbone) else load_backbone(model, task, name)
     plugins = {ratio: _plugin_for(backbone, ratio, settings) for ratio in ratios if ratio > 1}
     with directory_written_whole(output, replace=settings.overwrite) as directory:
-        entries = _export_ratios(backbone, plugins, ratios, settings, directory, on_stage)
+        entries = _export_ratios(backbone, plugins, ratios, directory, on_stage)
         backbone.tokenizer.save_pretrained(directory)
         for file in directory.iterdir():  # a tokenizer may bring folders or code; a bundle is flat data
             if file.is_dir():
@@ -108,7 +108,6 @@ def _export_ratios(
     backbone: Backbone,
     plugins: Mapping[int, Plugin],
     ratios: Sequence[int],
-    settings: ExportSettings,
     directory: Path,
     on_stage: Callable[[str], None],
 ) -> dict[int, RatioEntry]:
@@ -127,7 +126,7 @@ def _export_ratios(
         module = Compressed(backbone.model, plugin).eval()
         for case in cases:
             case.expected[ratio] = reference_outputs(backbone, module, case.feed)
-        error = compare(graph.name, "fp32", cases, ratio, _runner(graph))
+        error = compare(graph.name, "fp32", cases, ratio, plain_runner(graph))
         flops = _flops(graph, entries)
         entries[ratio] = _entry(graph.name, plugin, flops, error)
     save_cases(cases, directory / GATE_FILE)
@@ -146,16 +145,6 @@ def _write_graph(backbone: Backbone, plugin: Plugin | None, store: WeightStore, 
         value.metadata_props.clear()
     store.externalise(model, file)
     onnx_ir.save(model, graph)
-
-
-def _runner(graph: Path) -> Callable[[Feed], dict[str, Array]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return lambda feed: dict(zip(names, session.run(None, feed), strict=True))
 
 
 def _flops(graph: Path, entries: Mapping[int, RatioEntry]) -> dict[str, float]:

@@ -91,6 +91,14 @@ def make_feeds(
     return feeds
 
 
+def full_feed(inputs: Sequence[str], vocabulary: int, shape: tuple[int, int]) -> Feed:
+    """Random ids without padding at (batch, length): every token of the shape is real work. For measurements."""
+    feed = {name: np.zeros(shape, np.int64) for name in inputs}
+    feed["input_ids"] = np.random.default_rng(0).integers(0, vocabulary, shape)
+    feed["attention_mask"] = np.ones(shape, np.int64)
+    return feed
+
+
 def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dict[str, Array]:
     """PyTorch's outputs for one case, each row run alone without padding; token outputs are 0 on padding."""
     import torch
@@ -189,6 +197,18 @@ def _error(where: str, precision: str, expected: Array, found: Array) -> float:
             valid=f"at most {TOLERANCE[precision]} in {precision}",
         )
     return error
+
+
+def plain_runner(graph: Path, threads: int = 0) -> Callable[[Mapping[str, npt.NDArray[np.int64]]], dict[str, Array]]:
+    """Runs a graph as ONNX Runtime does by itself, its threads asleep in between; 0 threads means all cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda feed: dict(zip(names, session.run(None, dict(feed)), strict=True))
 
 
 def save_cases(cases: Sequence[Case], path: Path) -> None:
