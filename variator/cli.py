@@ -261,7 +261,7 @@ def train(
     """Train plugins layer by layer on plain text; Ctrl-C saves, the same command goes on."""
     from variator.toolkit.checkpoint import load_backbone
     from variator.toolkit.corpus import read_corpus
-    from variator.toolkit.plugin import PluginConfig
+    from variator.toolkit.plugin_format import PluginConfig
     from variator.toolkit.train import TrainSettings
     from variator.toolkit.train import train as verb
 

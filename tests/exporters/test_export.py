@@ -22,8 +22,8 @@ from variator.exporters.gate import Case, compare, load_cases
 from variator.exporters.graph import Compressed
 from variator.toolkit.bundle import GATE_FILE, Bundle
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin import PluginConfig
 from variator.toolkit.plugin_file import untrained_plugin
+from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.weights import INLINE_BYTES, check_external_data, external_tensors
 
 

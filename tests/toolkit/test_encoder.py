@@ -19,8 +19,8 @@ from variator.errors import BackboneError, InputError
 from variator.exporters.graph import Compressed
 from variator.toolkit.checkpoint import Backbone, load_backbone
 from variator.toolkit.families import family_of
-from variator.toolkit.plugin import PluginConfig
 from variator.toolkit.plugin_file import Plugin, untrained_plugin
+from variator.toolkit.plugin_format import PluginConfig
 
 RATIOS = (1, 2, 3, 4, 8)
 
@@ -32,7 +32,7 @@ def lively_plugin(backbone: Backbone, ratio: int) -> Plugin | None:
     plugin = untrained_plugin(backbone, PluginConfig(ratio, 8))
     generator = torch.Generator().manual_seed(ratio)
     for tensor in plugin.tensors.values():
-        tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+        tensor += 0.3 * torch.randn(tensor.shape, generator=generator).numpy()
     return plugin
 
 

@@ -10,7 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from variator.errors import InputError
-from variator.toolkit.plugin import PluginConfig, compressed_ffn, initial_tensors, layer_plugin, tensor_shapes
+from variator.toolkit.plugin import ACTIVATIONS, compressed_ffn, initial_tensors
+from variator.toolkit.plugin_format import (
+    ACTIVATION_NAMES,
+    SITES,
+    PluginConfig,
+    operands,
+    tensor_shapes,
+)
 
 D, RANK, INNER = 6, 3, 10
 
@@ -76,7 +83,7 @@ def test_the_site_computes_the_papers_equations(k: int, length: int, activation:
     padded = torch.nn.functional.pad(torch.from_numpy(x), (0, 0, 0, extra))
     padded_mask = torch.nn.functional.pad(torch.from_numpy(mask), (0, extra)).double()
     found = compressed_ffn(
-        padded, padded_mask, lambda c: torch.relu(c @ t["w1"] + t["b1"]) @ t["w2"] + t["b2"], t, activation
+        padded, padded_mask, lambda c: torch.relu(c @ t["w1"] + t["b1"]) @ t["w2"] + t["b2"], operands(t), activation
     )
 
     real = mask.astype(bool)
@@ -92,10 +99,12 @@ def test_a_plugin_has_the_papers_number_of_parameters() -> None:
 def test_every_tensor_belongs_to_a_layer_and_a_site() -> None:
     config = PluginConfig(2, 4)
     tensors = initial_tensors(config, D, 3)
-    sorted_names = {
-        f"layers.{i}.{site}.{name}" for i in range(3) for site, ts in layer_plugin(tensors, i).items() for name in ts
-    }
-    assert sorted_names == set(tensor_shapes(config, D, 3)) == set(tensors)
+    assert set(tensor_shapes(config, D, 3)) == set(tensors)
+    assert {tuple(name.split(".", 3)[1:3]) for name in tensors} == {(str(i), site) for i in range(3) for site in SITES}
+
+
+def test_every_activation_that_a_plugin_may_name_has_a_function() -> None:
+    assert set(ACTIVATION_NAMES) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 17, 1000, 3.5, True, "4", None])

@@ -19,8 +19,8 @@ from variator.exporters.graph import Compressed, export_graph
 from variator.files import directory_written_whole
 from variator.toolkit.bundle import GATE_FILE, Bundle, Manifest, RatioEntry, list_files, write_manifest
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin import PluginConfig, check_ratio
 from variator.toolkit.plugin_file import Plugin, find_plugin, untrained_plugin
+from variator.toolkit.plugin_format import PluginConfig, check_ratio
 from variator.toolkit.weights import WeightStore
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from variator.errors import GateError
 from variator.toolkit.checkpoint import Backbone, Model
-from variator.toolkit.plugin import layer_plugin
 from variator.toolkit.plugin_file import Plugin
+from variator.toolkit.plugin_format import layer_operands
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -34,7 +34,10 @@ class Compressed(nn.Module):
         super().__init__()
         self.model = model
         self.plugin = nn.ParameterDict(
-            {name.replace(".", "/"): nn.Parameter(tensor, False) for name, tensor in plugin.tensors.items()}
+            {
+                name.replace(".", "/"): nn.Parameter(torch.from_numpy(tensor), False)
+                for name, tensor in plugin.tensors.items()
+            }
             if plugin
             else {}
         )
@@ -53,7 +56,7 @@ class Compressed(nn.Module):
             input_ids,
             attention_mask,
             token_type_ids,
-            lambda layer: layer_plugin(tensors, layer),
+            lambda layer: layer_operands(tensors, layer),
             self.ratio,
             self.activation,
         )

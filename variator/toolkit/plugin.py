@@ -1,27 +1,20 @@
-"""The method: what a plugin is made of and the maths of its sites.
+"""The method: the maths of a plugin's sites.
 
-Pure functions over tensors, no model in sight. `toolkit.encoder` calls the sites, `toolkit.plugin_file`
-stores the tensors, `toolkit.train` fits them. Source of the equations: Variator (Xiao et al., Findings of
-EMNLP 2023, arXiv 2310.15724), section 3, with a padding mask added (see `compress`).
-
-A plugin is a set of *sites* per layer. Today there is one, the feed-forward network ("ffn"); a site is added
-by giving it tensor shapes in `SITES` and a function beside `compressed_ffn`.
+Pure functions over tensors, no model in sight. `toolkit.encoder` calls the sites, `toolkit.plugin_format` says what
+tensors they take, `toolkit.train` fits them. Source of the equations: Variator (Xiao et al., Findings of EMNLP 2023,
+arXiv 2310.15724), section 3, with a padding mask added (see `compress`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from variator.errors import InputError
-
-MAX_RATIO = 16
-"""Largest ratio accepted: the paper's curves end there, and the score matrix grows with its square."""
+from variator.toolkit.plugin_format import PluginConfig, tensor_shapes
 
 MASKED = -3.0e4
 """Added to the score of a padded position: exp() of it is 0 in fp32, and it still fits in fp16."""
@@ -33,88 +26,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-"""Activations by name, for plugins and backbones alike."""
+"""Activations by name, for plugins (all of `ACTIVATION_NAMES`) and backbones alike."""
 
 Site = Mapping[str, Tensor]
-"""The tensors of one site in one layer, by the names in `SITES`."""
+"""The operands of one site in one layer, by the names of `plugin_format.operands`."""
 
 LayerPlugin = Mapping[str, Site]
 """The sites of one layer, by name; a site that is absent leaves the backbone as it is there."""
-
-
-@dataclass(frozen=True)
-class PluginConfig:
-    """The parameters of a plugin, the same for all layers.
-
-    Args:
-        ratio: Hidden vectors merged into one (k), 2 to 16.
-        rank: Width of the bottleneck that expands a group again (r), at least 1.
-        activation: Its activation, a key of `ACTIVATIONS`.
-
-    Raises:
-        InputError: For a value outside these.
-    """
-
-    ratio: int
-    rank: int = 64
-    activation: str = "tanh"
-
-    def __post_init__(self) -> None:
-        check_ratio(self.ratio)
-        if self.ratio == 1:
-            raise InputError("ratio 1 is the backbone itself and has no plugin", valid=f"2 to {MAX_RATIO}")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise InputError(f"rank {self.rank!r} is not a positive whole number", valid="1 or more; the paper uses 64")
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f"unknown plugin activation {self.activation!r}", valid=", ".join(ACTIVATIONS))
-
-
-def check_ratio(ratio: object) -> int:
-    """Return `ratio` if it is a whole number from 1 to `MAX_RATIO`, else raise `InputError`."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int) or not 1 <= ratio <= MAX_RATIO:
-        raise InputError(
-            f"ratio {ratio!r} is not usable",
-            valid=f"a whole number from 1 (the backbone itself) to {MAX_RATIO}",
-            fix="use 2, 4 or 8 unless you have measured another",
-        )
-    return ratio
-
-
-def _ffn_shapes(config: PluginConfig, d: int) -> dict[str, tuple[int, ...]]:
-    k, r = config.ratio, config.rank
-    return {
-        "score.weight": (k, k * d),
-        "score.bias": (k,),
-        "down.weight": (r, 2 * d),
-        "down.bias": (r,),
-        "up.weight": (d, r),
-        "up.bias": (d,),
-    }
-
-
-SITES: dict[str, Callable[[PluginConfig, int], dict[str, tuple[int, ...]]]] = {"ffn": _ffn_shapes}
-"""Which tensors a plugin has in one layer: site name -> shapes by tensor name, from the config and hidden size."""
-
-
-def tensor_shapes(config: PluginConfig, hidden_size: int, layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a plugin: `layers.<l>.<site>.<tensor>`."""
-    return {
-        f"layers.{layer}.{site}.{name}": shape
-        for layer in range(layers)
-        for site, shapes in SITES.items()
-        for name, shape in shapes(config, hidden_size).items()
-    }
-
-
-def layer_plugin(tensors: Mapping[str, Tensor], layer: int) -> dict[str, dict[str, Tensor]]:
-    """Sort a flat mapping with names as in `tensor_shapes` into the sites of one layer."""
-    sites: dict[str, dict[str, Tensor]] = {}
-    for site in SITES:
-        prefix = f"layers.{layer}.{site}."
-        found = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if found:
-            sites[site] = found
-    return sites
 
 
 def initial_tensors(config: PluginConfig, hidden_size: int, layers: int, seed: int = 0) -> dict[str, Tensor]:
@@ -130,17 +48,16 @@ def initial_tensors(config: PluginConfig, hidden_size: int, layers: int, seed: i
 
 
 def group(x: Tensor, mask: Tensor, ratio: int) -> Tensor:
-    """Cut a sequence into groups of `ratio` adjacent vectors, with padded ones set to zero.
+    """Cut sequences into groups of `ratio` adjacent vectors, with padded ones set to zero.
 
     Args:
         x: [batch, n * ratio, d] hidden vectors.
         mask: [batch, n * ratio], 1 for tokens and 0 for padding, in the type of `x`.
 
     Returns:
-        [batch, n, ratio, d].
+        [batch * n, ratio, d].
     """
-    batch, _, d = x.shape
-    return (x * mask.unsqueeze(-1)).reshape(batch, -1, ratio, d)
+    return (x * mask.unsqueeze(-1)).reshape(-1, ratio, x.shape[-1])
 
 
 def compress(groups: Tensor, mask: Tensor, score_weight: Tensor, score_bias: Tensor) -> Tensor:
@@ -150,18 +67,18 @@ def compress(groups: Tensor, mask: Tensor, score_weight: Tensor, score_bias: Ten
     would depend on how far its batch was padded.
 
     Args:
-        groups: [batch, n, k, d] from `group`.
-        mask: [batch, n * k], 1 for tokens and 0 for padding.
-        score_weight: [k, k * d].
+        groups: [groups, k, d] from `group`.
+        mask: [batch, n * k] with groups = batch * n, 1 for tokens and 0 for padding.
+        score_weight: [k * d, k].
         score_bias: [k].
 
     Returns:
-        [batch, n, d].
+        [groups, d].
     """
-    batch, n, k, d = groups.shape
-    scores = torch.matmul(groups.reshape(batch, n, k * d), score_weight.t()) + score_bias
-    weights = torch.softmax(scores + (1.0 - mask).reshape(batch, n, k) * MASKED, dim=-1)
-    return torch.matmul(weights.unsqueeze(2), groups).squeeze(2)
+    count, k, d = groups.shape
+    scores = torch.matmul(groups.reshape(count, k * d), score_weight) + score_bias
+    weights = torch.softmax(scores + ((1.0 - mask) * MASKED).reshape(count, k), dim=-1)
+    return torch.matmul(weights.unsqueeze(1), groups).squeeze(1)
 
 
 def expand(y: Tensor, x: Tensor, site: Site, activation: str) -> Tensor:
@@ -170,35 +87,37 @@ def expand(y: Tensor, x: Tensor, site: Site, activation: str) -> Tensor:
     W_d [y ; x] is split into W_y y + W_x x, so the first part is computed once per group and broadcast.
 
     Args:
-        y: [batch, n, d] the FFN's output per group.
-        x: [batch, n * k, d] the FFN site's input per token.
-        site: `down.weight` [r, 2 d], `down.bias` [r], `up.weight` [d, r], `up.bias` [d].
+        y: [groups, d] the FFN's output per group.
+        x: [groups * k, d] the FFN site's input per token.
+        site: `down_group.weight` and `down_token.weight` [d, r], `down.bias` [r], `up.weight` [r, d], `up.bias` [d].
 
     Returns:
-        [batch, n * k, d].
+        [groups, k, d].
     """
-    batch, n, d = y.shape
-    down = site["down.weight"].t()
-    per_group = torch.matmul(y, down[:d]) + site["down.bias"]
-    per_token = torch.matmul(x, down[d:])
+    count, d = y.shape
+    per_group = torch.matmul(y, site["down_group.weight"]) + site["down.bias"]
+    per_token = torch.matmul(x, site["down_token.weight"])
     rank = per_token.shape[-1]
-    bottleneck = ACTIVATIONS[activation](per_group.unsqueeze(2) + per_token.reshape(batch, n, -1, rank))
-    update = torch.matmul(bottleneck, site["up.weight"].t())
-    return ((y + site["up.bias"]).unsqueeze(2) + update).reshape(batch, -1, d)
+    bottleneck = ACTIVATIONS[activation](per_group.unsqueeze(1) + per_token.reshape(count, -1, rank))
+    update = torch.matmul(bottleneck.reshape(-1, rank), site["up.weight"])
+    return (y + site["up.bias"]).unsqueeze(1) + update.reshape(count, -1, d)
 
 
 def compressed_ffn(x: Tensor, mask: Tensor, ffn: Callable[[Tensor], Tensor], site: Site, activation: str) -> Tensor:
     """The FFN site: compress, run the frozen FFN on the shorter sequence, expand.
 
+    All products are of two dimensions: with weights that come as inputs, runtimes multiply each row of a batch by
+    itself otherwise (OpenVINO bf16, MiniLM 32 x 64: 4 to 8 % slower).
+
     Args:
         x: [batch, n * k, d] what the FFN's first linear map reads.
         mask: [batch, n * k], 1 for tokens and 0 for padding, in the type of `x`.
         ffn: The layer's own FFN, [..., d] -> [..., d], with its biases and activation.
-        site: The tensors named in `SITES["ffn"]`.
+        site: The operands of the FFN site, see `plugin_format.operands`.
 
     Returns:
         [batch, n * k, d] in place of FFN(x).
     """
     ratio = site["score.bias"].shape[0]
     merged = compress(group(x, mask, ratio), mask, site["score.weight"], site["score.bias"])
-    return expand(ffn(merged), x, site, activation)
+    return expand(ffn(merged), x.reshape(-1, x.shape[-1]), site, activation).reshape(x.shape)

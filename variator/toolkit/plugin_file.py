@@ -1,6 +1,7 @@
 """Plugin files: one ratio's tensors for one backbone, as safetensors with a JSON header.
 
-Written by training, read by export. Also finds the plugins that ship with the package.
+Written by training, read by export and by a runtime that plugs them in (numpy only: a serving machine has no torch).
+Also finds the plugins that ship with the package.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save
 
 from variator.errors import InputError, PluginError
 from variator.files import disk_errors, write_atomically
-from variator.toolkit.plugin import PluginConfig, initial_tensors, tensor_shapes
+from variator.toolkit.plugin_format import PluginConfig, tensor_shapes
 
 if TYPE_CHECKING:
     from variator.toolkit.checkpoint import Backbone
@@ -32,24 +33,58 @@ SHIPPED = Path(__file__).parent.parent / "plugins"
 """Directory of the plugins that come with the package, one folder per backbone."""
 
 
+HEAD_TENSORS = ("head.weight", "head.bias")
+"""Names of a head's tensors in a plugin file."""
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier on the pooled embedding: logits = W embedding + b.
+
+    Args:
+        weight: fp32 [classes, d].
+        bias: fp32 [classes].
+
+    Raises:
+        PluginError: If the shapes do not fit each other or a value is not finite.
+    """
+
+    weight: Array
+    bias: Array
+
+    def __post_init__(self) -> None:
+        shapes = np.shape(self.weight), np.shape(self.bias)
+        if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1] or shapes[0][0] < 1:
+            raise PluginError(
+                f"a head of shapes {shapes[0]} and {shapes[1]} is no classifier", valid="[classes, d] and [classes]"
+            )
+        for name, value in zip(HEAD_TENSORS, (self.weight, self.bias), strict=True):
+            if not np.isfinite(value).all():
+                raise PluginError(f"{name} holds NaN or infinity", fix="fit the head again")
+
+
 @dataclass(frozen=True)
 class Plugin:
     """One ratio's plugin for one backbone.
 
     Args:
         config: Ratio, rank and activation.
-        tensors: fp32, named as `toolkit.plugin.tensor_shapes` says.
+        tensors: fp32, named as `toolkit.plugin_format.tensor_shapes` says.
         backbone: Fingerprint of the backbone it was trained for.
         training: How it was trained; empty for an untrained one.
+        head: A small task head that travels with it.
     """
 
     config: PluginConfig
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Array]
     family: str
     layers: int
     hidden_size: int
     backbone: str
     training: dict[str, Any] = field(default_factory=dict)
+    head: Head | None = None
 
     @property
     def untrained(self) -> bool:
@@ -59,35 +94,63 @@ class Plugin:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        return sum(tensor.size for tensor in self.tensors.values())
 
     @property
     def digest(self) -> str:
-        """sha256 over names, shapes and bytes of its tensors."""
+        """sha256 over names, shapes and bytes of its tensors, without the head."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
+            digest.update(np.ascontiguousarray(tensor).data)
         return digest.hexdigest()
 
-    def check_backbone(self, backbone: Backbone) -> None:
-        """Raise `PluginError` unless this plugin was trained for this very backbone."""
-        if self.backbone != backbone.fingerprint:
+    def check_tensors(self, where: str) -> None:
+        """Raise `PluginError` unless every tensor is there, of its shape and finite; `where` names the plugin."""
+        fix = "train it again with `variator train`, or copy the file again"
+        shapes = tensor_shapes(self.config, self.hidden_size, self.layers)
+        found = {name: np.shape(tensor) for name, tensor in self.tensors.items()}
+        if found != shapes:
+            wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+            place = found.get(wrong[0])
+            raise PluginError(
+                f"{where}: tensor {wrong[0]!r} " + (f"has shape {place}" if place is not None else "is missing"),
+                valid=str(shapes.get(wrong[0], "no such tensor")),
+                fix=fix,
+            )
+        bad = [name for name, tensor in self.tensors.items() if not np.isfinite(tensor).all()]
+        if bad:
+            raise PluginError(f"{where}: tensor {bad[0]!r} holds NaN or infinity", fix=fix)
+        if self.head is not None and self.head.weight.shape[1] != self.hidden_size:
+            raise PluginError(
+                f"{where}: the head reads {self.head.weight.shape[1]} values", valid=f"{self.hidden_size}", fix=fix
+            )
+
+    def check_backbone(self, fingerprint: str, name: str, source: str = "MODEL") -> None:
+        """Raise `PluginError` unless this plugin was trained for this very backbone.
+
+        Args:
+            fingerprint, name: Of the backbone it is to run with.
+            source: Where that backbone's checkpoint is, for the command in the message.
+        """
+        if self.backbone != fingerprint:
             raise PluginError(
                 f"the ratio-{self.config.ratio} plugin was trained for another backbone "
                 f"({self.family}, {self.layers} layers of {self.hidden_size}, fingerprint {self.backbone[:12]})",
-                valid=f"a plugin for {backbone.id} ({backbone.family}, {backbone.config.layers} layers of "
-                f"{backbone.config.hidden_size}, fingerprint {backbone.fingerprint[:12]})",
-                fix=f"variator train {backbone.source} --ratio {self.config.ratio} --corpus FILE -o DIR",
+                valid=f"a plugin for {name} (fingerprint {fingerprint[:12]})",
+                fix=f"variator train {source} --ratio {self.config.ratio} --corpus FILE -o DIR",
             )
 
 
 def untrained_plugin(backbone: Backbone, config: PluginConfig) -> Plugin:
     """A plugin that was never trained, for speed measurements."""
+    from variator.toolkit.plugin import initial_tensors
+
     sizes = backbone.config
+    tensors = initial_tensors(config, sizes.hidden_size, sizes.layers)
     return Plugin(
         config,
-        initial_tensors(config, sizes.hidden_size, sizes.layers),
+        {name: tensor.half().float().numpy() for name, tensor in tensors.items()},  # as a plugin file would hold them
         backbone.family,
         sizes.layers,
         sizes.hidden_size,
@@ -95,18 +158,23 @@ def untrained_plugin(backbone: Backbone, config: PluginConfig) -> Plugin:
     )
 
 
-def plugin_bytes(plugin: Plugin, dtype: torch.dtype = torch.float16) -> bytes:
+def plugin_bytes(plugin: Plugin) -> bytes:
     """The file's content, the same for the same plugin. fp16 halves it; its rounding (1e-3 relative) is far below
-    what the plugin itself loses.
+    what the plugin itself loses. Heads stay in fp32.
 
     Raises:
         PluginError: If a value is not finite or too large for the type.
     """
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in plugin.tensors.items()}
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    with np.errstate(over="ignore"):
+        halves = {name: np.ascontiguousarray(tensor, np.float16) for name, tensor in plugin.tensors.items()}
+    bad = [name for name, tensor in halves.items() if not np.isfinite(tensor).all()]
     if bad:
-        raise PluginError(f"tensor {bad[0]!r} of the ratio-{plugin.config.ratio} plugin is not finite in {dtype}",
+        raise PluginError(f"tensor {bad[0]!r} of the ratio-{plugin.config.ratio} plugin is not finite in fp16",
                           fix="train it again with a lower learning rate")  # fmt: skip
+    tensors: dict[str, npt.NDArray[Any]] = {**halves}
+    if plugin.head is not None:
+        values = (np.ascontiguousarray(value, np.float32) for value in (plugin.head.weight, plugin.head.bias))
+        tensors |= dict(zip(HEAD_TENSORS, values, strict=True))
     header = {
         "format_version": FORMAT_VERSION,
         "config": asdict(plugin.config),
@@ -137,10 +205,10 @@ def load_plugin(path: Path) -> Plugin:
     """
     fix = "train it again with `variator train`, or copy the file again"
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - no iterator
-    except (SafetensorError, OSError) as error:
+            tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118 - no iterator
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a type that numpy does not have
         raise PluginError(
             f"cannot read plugin {path}: {error}", valid="a plugin written by `variator train`", fix=fix
         ) from error
@@ -150,9 +218,11 @@ def load_plugin(path: Path) -> Plugin:
         header = json.loads(metadata[HEADER])
         version = header["format_version"]
         if version == FORMAT_VERSION:
+            head = [tensors.pop(name) for name in HEAD_TENSORS if name in tensors]
             plugin = Plugin(
                 PluginConfig(**header["config"]), tensors, str(header["family"]), int(header["layers"]),
                 int(header["hidden_size"]), str(header["backbone"]), dict(header["training"]),
+                Head(*head) if head else None,
             )  # fmt: skip
     except (KeyError, ValueError, TypeError, InputError) as error:
         raise PluginError(f"the header of plugin {path} is damaged: {error}", fix=fix) from error
@@ -162,18 +232,7 @@ def load_plugin(path: Path) -> Plugin:
             valid=str(FORMAT_VERSION),
             fix="use the version of variator that wrote it, or train again",
         )
-    shapes = tensor_shapes(plugin.config, plugin.hidden_size, plugin.layers)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != shapes:
-        wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        raise PluginError(
-            f"plugin {path}: tensor {wrong[0]!r} has shape {found.get(wrong[0])}",
-            valid=str(shapes.get(wrong[0])),
-            fix=fix,
-        )
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise PluginError(f"plugin {path}: tensor {bad[0]!r} holds NaN or infinity", fix=fix)
+    plugin.check_tensors(f"plugin {path}")
     return plugin
 
 
@@ -197,7 +256,7 @@ def find_plugin(backbone: Backbone, ratio: int, directory: Path | None = None) -
                 valid=f"ratio {ratio}",
                 fix="plugin files are named by their ratio; rename it back",
             )
-        plugin.check_backbone(backbone)
+        plugin.check_backbone(backbone.fingerprint, backbone.id, backbone.source)
         return plugin
     for path in sorted(SHIPPED.glob(f"*/ratio-{ratio}.safetensors")):
         plugin = load_plugin(path)

@@ -33,8 +33,9 @@ from variator.files import sha256_of_json, write_atomically
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.corpus import Corpus
 from variator.toolkit.encoder import Encoder, Linear
-from variator.toolkit.plugin import MASKED, PluginConfig, compressed_ffn, initial_tensors, layer_plugin
+from variator.toolkit.plugin import MASKED, compressed_ffn, initial_tensors
 from variator.toolkit.plugin_file import Plugin, save_plugin
+from variator.toolkit.plugin_format import PluginConfig, layer_operands
 
 STATE_FILE = "training-state.safetensors"
 SAVE_EVERY_S = 60.0
@@ -199,7 +200,7 @@ def train_step(encoder: Encoder, settings: TrainSettings, state: State, ids: Ten
             teacher = layer.finish(teacher, layer.ffn(teacher))
         for position, config in enumerate(settings.plugins):
             x = students[position]
-            site = layer_plugin(state.tensors[config.ratio], index)["ffn"]
+            site = layer_operands(state.tensors[config.ratio], index)["ffn"]
             output = layer.finish(x, compressed_ffn(x, float_mask, layer.ffn, site, config.activation))
             error = normalised_error(output, teacher, float_mask)
             error.backward()  # type: ignore[no-untyped-call]
@@ -348,7 +349,7 @@ def _finished(
         "layer_errors": [round(error, 5) for error in state.layer_errors[config.ratio]],
         "losses": [[entry["step"], round(entry[str(config.ratio)], 5)] for entry in _thinned(state.history)],
     }
-    tensors = {name: tensor.detach() for name, tensor in state.tensors[config.ratio].items()}
+    tensors = {name: tensor.detach().numpy() for name, tensor in state.tensors[config.ratio].items()}
     sizes = backbone.config
     return Plugin(config, tensors, backbone.family, sizes.layers, sizes.hidden_size, backbone.fingerprint, record)
 
