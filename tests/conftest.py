@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 import transformers
 
 from variator.exporters.export import ExportSettings, export
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.plugin_file import Head, Plugin, untrained_plugin
+from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.random_models import write_random_checkpoint, write_word_tokenizer
 
 torch.set_num_threads(1)
@@ -84,6 +88,37 @@ def bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bund
     """The tiny embedder, exported at ratios 1, 2 and 4 with untrained plugins. Not to be changed: copy it."""
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     return export(backbone, path, ExportSettings((2, 4), untrained=True, rank=16))
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same in the shared layout, with an engine each of onnxruntime and openvino (fp32). Not to be changed."""
+    from variator.engines.build import BACKENDS, build
+
+    path = tmp_path_factory.mktemp("bundles") / "tiny-shared"
+    exported = export(backbone, path, ExportSettings((2, 4), untrained=True, rank=16, layout="shared"))
+    for engine in ("onnxruntime", "openvino"):
+        if not BACKENDS[engine].missing():
+            build(exported, engine, "fp32")
+    return exported
+
+
+def lively(backbone: Backbone, ratio: int, seed: int = 0, rank: int = 8, classes: int = 0) -> Plugin:
+    """A plugin with no tensor at zero, so that every one of them matters; with a head if `classes` says so."""
+    plugin = untrained_plugin(backbone, PluginConfig(ratio, rank))
+    rng = np.random.default_rng(100 * seed + ratio)
+    tensors = {
+        name: (tensor + 0.3 * rng.standard_normal(tensor.shape)).astype(np.float16).astype(np.float32)
+        for name, tensor in plugin.tensors.items()
+    }
+    head = random_head(plugin.hidden_size, classes, seed) if classes else None
+    return replace(plugin, tensors=tensors, training={"stage": "test"}, head=head)
+
+
+def random_head(hidden: int, classes: int, seed: int = 0) -> Head:
+    """A classifier with random values."""
+    rng = np.random.default_rng(seed)
+    return Head(*(rng.standard_normal(shape).astype(np.float32) for shape in ((classes, hidden), (classes,))))
 
 
 @pytest.fixture(scope="session")

@@ -95,13 +95,16 @@ def export(
     ] = False,
     rank: Annotated[int, typer.Option(help="Rank of made-up plugins.", min=1)] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    layout: Annotated[
+        str, typer.Option(help="per-ratio: one graph each; shared: one graph for all ratios, plugins swapped live.")
+    ] = "per-ratio",
     as_json: JsonOption = False,
 ) -> None:
     """Export a model at ratio 1 and others: one ONNX graph each over one backbone, checked against PyTorch."""
     from variator.exporters.export import ExportSettings
     from variator.exporters.export import export as verb
 
-    settings = ExportSettings(tuple(ratio), plugin, untrained, rank, overwrite)
+    settings = ExportSettings(tuple(ratio), plugin, untrained, rank, overwrite, layout)
     with stages() as on_stage:
         bundle = verb(model, output, settings, task, name, on_stage)
     if as_json:

@@ -51,7 +51,7 @@ def test_an_engine_is_built_gated_and_read_back(copy: Bundle, engine: str, preci
     assert set(built.record.max_abs_error) == set(built.record.probe_ms) == {"1", "2", "4"}
     if precision == "fp32":
         assert max(built.record.max_abs_error.values()) < 1e-4
-    loaded = load_engine(copy, built, 4)
+    loaded = load_engine(copy, built, "ratio-4.onnx")
     assert loaded.precision == precision
     loaded.close()
 
@@ -124,7 +124,7 @@ def test_a_damaged_engine_is_refused_by_the_runtime_and_rebuilt_by_build(copy: B
         record.write_text(record.read_text()[:50])
     with pytest.raises(EngineError):
         found, _ = find_built(copy, "onnxruntime")
-        load_engine(copy, found, 4)
+        load_engine(copy, found, "ratio-4.onnx")
     rebuilt = build(copy, "onnxruntime", "fp32")
     rebuilt.verify()
     assert weights.read_bytes() == data
@@ -138,7 +138,7 @@ def test_an_openvino_engine_is_refused_when_the_graphs_it_compiles_have_changed(
     data[-1] ^= 1
     graph.write_bytes(bytes(data))
     with pytest.raises(BundleError, match="sha256"):
-        load_engine(copy, built, 2)
+        load_engine(copy, built, "ratio-2.onnx")
 
 
 def test_a_damaged_engine_does_not_stand_in_the_way_of_another(copy: Bundle) -> None:

@@ -14,26 +14,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.conftest import CONFIGS, make_sentence_transformer, write_checkpoint
+from tests.conftest import CONFIGS, lively, make_sentence_transformer, write_checkpoint
 from variator.errors import BackboneError, InputError
 from variator.exporters.graph import Compressed
 from variator.toolkit.checkpoint import Backbone, load_backbone
 from variator.toolkit.families import family_of
-from variator.toolkit.plugin_file import Plugin, untrained_plugin
-from variator.toolkit.plugin_format import PluginConfig
+from variator.toolkit.plugin_file import Plugin
 
 RATIOS = (1, 2, 3, 4, 8)
 
 
 def lively_plugin(backbone: Backbone, ratio: int) -> Plugin | None:
     """A plugin with no tensor at zero, so that every one of them matters."""
-    if ratio == 1:
-        return None
-    plugin = untrained_plugin(backbone, PluginConfig(ratio, 8))
-    generator = torch.Generator().manual_seed(ratio)
-    for tensor in plugin.tensors.values():
-        tensor += 0.3 * torch.randn(tensor.shape, generator=generator).numpy()
-    return plugin
+    return None if ratio == 1 else lively(backbone, ratio)
 
 
 def padded(ids: Tensor, length: int, filler: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:

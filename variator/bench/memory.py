@@ -48,7 +48,7 @@ def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int
     loaded = []
     empty = pss_bytes()
     for ratio in bundle.ratios:
-        loaded.append(load_engine(bundle, built, ratio))
+        loaded.append(load_engine(bundle, built, bundle.ratio(ratio).graph))
         for _ in range(3):
             loaded[-1].run(feed)
         ratios = bundle.ratios[: len(loaded)]

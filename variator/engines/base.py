@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,12 @@ import numpy.typing as npt
 from variator.toolkit.bundle import Bundle
 
 Feed = Mapping[str, npt.NDArray[np.int64]]
+Inputs = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[np.float32]]
 
 
 class Engine(Protocol):
-    """One ratio, compiled and loaded. `run` may be called from several threads."""
+    """One graph, compiled and loaded, with what it takes beside the tokens. Threads may share it."""
 
     precision: str
     """As read back from the loaded engine."""
@@ -24,8 +25,15 @@ class Engine(Protocol):
     def run(self, feed: Feed) -> Outputs:
         """int64 [batch, S] inputs -> fp32 outputs by name."""
 
+    def hold(self, inputs: Inputs) -> Engine:
+        """This engine with inputs that stay on its device and go along with every run: a plugin, a task head.
+
+        Cheap, and shares everything else; its memory goes when the last reference does. Inputs that the graph does
+        not have are left out.
+        """
+
     def close(self) -> None:
-        """Give its memory back."""
+        """Give its memory back. For an engine that was loaded; those made by `hold` end with it."""
 
 
 class Backend(Protocol):
@@ -45,7 +53,7 @@ class Backend(Protocol):
         """Everything that shapes an artefact beside the graph; part of the build key."""
 
     def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
-        """Write the artefacts of all ratios into `directory`."""
+        """Write the artefacts of all graphs into `directory`."""
 
-    def load(self, bundle: Bundle, precision: str, directory: Path, ratio: int, threads: int) -> Engine:
-        """Load one ratio's artefact; its precision is read back from what was loaded."""
+    def load(self, bundle: Bundle, precision: str, directory: Path, graph: str, threads: int) -> Engine:
+        """Load the artefact of one of the bundle's graphs; its precision is read back from what was loaded."""

@@ -24,9 +24,10 @@ from variator.engines.base import Backend, Engine, Feed
 from variator.engines.onnxruntime import OnnxRuntimeBackend
 from variator.engines.openvino import OpenVinoBackend
 from variator.errors import EngineError, InputError
-from variator.exporters.gate import compare, full_feed, load_cases
+from variator.exporters.gate import compare, full_feed, gate_head, load_cases
 from variator.files import directory_written_whole, disk_errors, inside, sha256_of_json, write_atomically
 from variator.toolkit.bundle import GATE_FILE, Bundle, FileEntry, list_files
+from variator.toolkit.stack import inputs_of
 
 ENGINE_FILE = "engine.json"
 ENGINE_FORMAT = 1
@@ -191,10 +192,16 @@ def _build(
     batch, length = PROBE_SHAPE
     shape = (batch, min(length, bundle.manifest.max_length))
     probe = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
+    shared = bundle.manifest.shared
+    head = gate_head(bundle.manifest.hidden_size) if shared and shared.head else None
+    loaded: dict[str, Engine] = {}
     errors, probes = {}, {}
     for ratio in bundle.ratios:
         on_stage(f"checking ratio {ratio} against PyTorch")
-        engine = backend.load(bundle, precision, directory, ratio, threads)
+        graph = bundle.ratio(ratio).graph
+        if graph not in loaded:
+            loaded[graph] = backend.load(bundle, precision, directory, graph, threads)
+        engine = loaded[graph].hold(inputs_of(bundle, ratio, head))
         if engine.precision != precision:
             raise EngineError(
                 f"{backend.name} built {engine.precision} where {precision} was asked for",
@@ -204,7 +211,8 @@ def _build(
         label = f"{backend.name} {precision} ratio {ratio}"
         errors[str(ratio)] = compare(label, precision, cases, ratio, engine.run)
         probes[str(ratio)] = _time(engine, probe)
-        engine.close()
+        if all(bundle.ratio(later).graph != graph for later in bundle.ratios if later > ratio):
+            loaded.pop(graph).close()
     record = EngineRecord(
         backend.name,
         precision,
@@ -316,19 +324,19 @@ def built_summary(bundle: Bundle) -> list[str]:
     return lines
 
 
-def load_engine(bundle: Bundle, built: BuiltEngine, ratio: int, threads: int = 0) -> Engine:
-    """Hash what one ratio of a built engine will read, and load it.
+def load_engine(bundle: Bundle, built: BuiltEngine, graph: str, threads: int = 0) -> Engine:
+    """Hash what one graph of a built engine will read, and load it.
 
     Raises:
         EngineError, BundleError: If a file has changed, or the precision is not what the record says.
     """
     backend = BACKENDS[built.record.backend]
     if built.record.files:
-        built.verify(f"ratio-{ratio}.onnx", *(name for name in built.record.files if not name.endswith(".onnx")))
+        built.verify(graph, *(name for name in built.record.files if not name.endswith(".onnx")))
     else:  # compiled from the bundle's own graphs
         data = (name for name in bundle.manifest.files if name.endswith(".data"))
-        bundle.verify(bundle.ratio(ratio).graph, *data)
-    engine = backend.load(bundle, built.record.precision, built.directory, ratio, threads or machine.cores())
+        bundle.verify(graph, *data)
+    engine = backend.load(bundle, built.record.precision, built.directory, graph, threads or machine.cores())
     if engine.precision != built.record.precision:
         raise EngineError(
             f"{built.directory} runs in {engine.precision}, its record says {built.record.precision}",

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from variator import machine
-from variator.engines.base import Feed, Outputs
+from variator.engines.base import Feed, Inputs, Outputs
 from variator.engines.quantise import RECIPE, quantise_dynamic, reduce_range
 from variator.errors import EngineError
+from variator.files import inside
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.weights import INLINE_BYTES, check_external_data, gather
 
@@ -38,20 +40,39 @@ _arena_shared = False
 
 
 class OnnxRuntimeEngine:
-    """One session. All sessions of the process share one memory arena."""
+    """One session and the values it holds. All sessions of the process share one memory arena."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, precision: str) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        precision: str,
+        held: Mapping[str, onnxruntime.OrtValue] | None = None,
+    ) -> None:
         self.precision = precision
-        self._session = session
+        self._session, self._held = session, held or {}
         self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, feed: Feed) -> Outputs:
         """See `Engine.run`."""
-        return dict(zip(self._outputs, self._session.run(None, dict(feed)), strict=True))
+        results = self._session.run_with_ort_values(self._outputs, {**self._held, **_values(feed)})
+        return {name: value.numpy() for name, value in zip(self._outputs, results, strict=True)}
+
+    def hold(self, inputs: Inputs) -> OnnxRuntimeEngine:
+        """See `Engine.hold`."""
+        taken = {value.name for value in self._session.get_inputs()} & inputs.keys()
+        held = _values({name: inputs[name] for name in taken})
+        return OnnxRuntimeEngine(self._session, self.precision, {**self._held, **held}) if held else self
 
     def close(self) -> None:
         """See `Engine.close`."""
         del self._session
+
+
+def _values(inputs: Inputs) -> dict[str, onnxruntime.OrtValue]:
+    """Values over the arrays' own memory."""
+    import onnxruntime
+
+    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
 
 
 class OnnxRuntimeBackend:
@@ -79,28 +100,26 @@ class OnnxRuntimeBackend:
         """See `Backend.compile`."""
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             graphs = []
-            for ratio in bundle.ratios:
-                source = bundle.graph(ratio)
-                check_external_data(source)
-                if precision == "int8":
-                    source = quantise_dynamic(source, Path(scratch) / f"int8-{ratio}.onnx")
-                graphs.append(_optimise(source, Path(scratch) / f"ratio-{ratio}.onnx"))
+            for graph in bundle.graphs:
+                check_external_data(graph)
+                source = quantise_dynamic(graph, Path(scratch) / f"int8-{graph.name}") if precision == "int8" else graph
+                graphs.append(_optimise(source, Path(scratch) / graph.name))
             gather(graphs, directory, WEIGHTS)
 
-    def load(self, bundle: Bundle, precision: str, directory: Path, ratio: int, threads: int) -> OnnxRuntimeEngine:
+    def load(self, bundle: Bundle, precision: str, directory: Path, graph: str, threads: int) -> OnnxRuntimeEngine:
         """See `Backend.load`."""
         import onnxruntime
 
-        graph = directory / f"ratio-{ratio}.onnx"
-        check_external_data(graph)
-        found = read_precision(graph)
+        path = inside(directory, graph)
+        check_external_data(path)
+        found = read_precision(path)
         options = _options(threads)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build
         options.enable_mem_pattern = False  # one block per shape: much memory, 0 to 6 % of speed at 8 x 128
         options.enable_mem_reuse = False  # each result the block freed last, still in the cache: 3 to 10 % at 8 x 128
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return OnnxRuntimeEngine(session, found)
 
 

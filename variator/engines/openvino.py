@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from variator.engines.base import Feed, Outputs
+import numpy as np
+import numpy.typing as npt
+
+from variator.engines.base import Feed, Inputs, Outputs
 from variator.engines.quantise import RECIPE, quantise_static
 from variator.errors import EngineError
 from variator.exporters.gate import load_cases
 from variator.files import inside
 from variator.toolkit.bundle import GATE_FILE, Bundle
+from variator.toolkit.stack import PLUGIN_INPUTS, inputs_of
 from variator.toolkit.weights import check_external_data, gather
 
 if TYPE_CHECKING:
@@ -32,11 +37,13 @@ READ_BACK = {"f32": "fp32", "bf16": "bf16", "i8": "int8", "u8": "int8", "f16": "
 
 
 class OpenVinoEngine:
-    """One compiled model with an infer request per thread that is running it."""
+    """One compiled model, the tensors it holds, and an infer request per thread that is running it."""
 
-    def __init__(self, compiled: openvino.CompiledModel, precision: str) -> None:
+    def __init__(
+        self, compiled: openvino.CompiledModel, precision: str, held: Mapping[str, openvino.Tensor] | None = None
+    ) -> None:
         self.precision = precision
-        self._compiled = compiled
+        self._compiled, self._held = compiled, held or {}
         self._outputs = [output.get_any_name() for output in compiled.outputs]
         self._idle: list[openvino.InferRequest] = []
         self._lock = Lock()
@@ -44,13 +51,26 @@ class OpenVinoEngine:
     def run(self, feed: Feed) -> Outputs:
         """See `Engine.run`."""
         with self._lock:
-            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+            request = self._idle.pop() if self._idle else self._new_request()
         try:
             results = request.infer(dict(feed), share_inputs=True)
             return {name: results[index].copy() for index, name in enumerate(self._outputs)}
         finally:
             with self._lock:
                 self._idle.append(request)
+
+    def _new_request(self) -> openvino.InferRequest:
+        """A request that has the held tensors set, once for all its runs."""
+        request = self._compiled.create_infer_request()
+        for name, tensor in self._held.items():
+            request.set_tensor(name, tensor)
+        return request
+
+    def hold(self, inputs: Inputs) -> OpenVinoEngine:
+        """See `Engine.hold`."""
+        ports = {port.get_any_name(): port.get_element_type() for port in self._compiled.inputs}
+        held = {name: _tensor(array, ports[name]) for name, array in inputs.items() if name in ports}
+        return OpenVinoEngine(self._compiled, self.precision, {**self._held, **held}) if held else self
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -87,24 +107,27 @@ class OpenVinoBackend:
         """See `Backend.compile`."""
         if precision != "int8":
             return
-        feeds = [case.feed for case in load_cases(inside(bundle.path, GATE_FILE))]
+        cases = load_cases(inside(bundle.path, GATE_FILE))
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             graphs = []
-            for ratio in bundle.ratios:
-                check_external_data(bundle.graph(ratio))
-                graphs.append(quantise_static(bundle.graph(ratio), Path(scratch) / f"ratio-{ratio}.onnx", feeds))
+            for graph in bundle.graphs:
+                check_external_data(graph)
+                beside = [inputs_of(bundle, ratio) for ratio in bundle.ratios if bundle.graph(ratio) == graph]
+                feeds = [{**inputs, **case.feed} for inputs in beside for case in cases]
+                graphs.append(quantise_static(graph, Path(scratch) / graph.name, feeds))
             gather(graphs, directory, WEIGHTS)
 
-    def load(self, bundle: Bundle, precision: str, directory: Path, ratio: int, threads: int) -> OpenVinoEngine:
+    def load(self, bundle: Bundle, precision: str, directory: Path, graph: str, threads: int) -> OpenVinoEngine:
         """See `Backend.load`."""
-        graph = directory / f"ratio-{ratio}.onnx" if precision == "int8" else bundle.graph(ratio)
-        check_external_data(graph)
+        path = inside(directory if precision == "int8" else bundle.path, graph)
+        check_external_data(path)
+        settings = _settings(precision, threads)
         try:
-            compiled = _core().compile_model(_core().read_model(graph), "CPU", _settings(precision, threads))
+            model = _core().read_model(path)
+            _narrow(model, settings)
+            compiled = _core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
-            raise EngineError(
-                f"OpenVINO cannot compile {graph.name}: {error}", fix="export the bundle again"
-            ) from error
+            raise EngineError(f"OpenVINO cannot compile {graph}: {error}", fix="export the bundle again") from error
         return OpenVinoEngine(compiled, read_precision(compiled))
 
 
@@ -134,6 +157,30 @@ def _settings(precision: str, threads: int) -> dict[str, Any]:
         "INFERENCE_NUM_THREADS": threads,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
+
+
+def _narrow(model: openvino.Model, settings: Mapping[str, Any]) -> None:
+    """Let plugin inputs be bf16 where the model runs in it, instead of casting them in every run."""
+    import openvino
+
+    if settings["INFERENCE_PRECISION_HINT"] == "bf16":
+        for parameter in model.get_parameters():
+            if parameter.output(0).get_any_name() in PLUGIN_INPUTS:
+                parameter.set_element_type(openvino.Type.bf16)
+        model.validate_nodes_and_infer_types()
+
+
+def _tensor(array: npt.NDArray[Any], kind: openvino.Type) -> openvino.Tensor:
+    """A tensor of the kind that an input takes, on the device."""
+    import openvino
+
+    if kind != openvino.Type.bf16:
+        return openvino.Tensor(np.ascontiguousarray(array, kind.to_dtype()))
+    tensor = openvino.Tensor(kind, array.shape)
+    # numpy has no bf16: the upper half of a float32, rounded to nearest even.
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    tensor.data.view(np.uint16)[...] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tensor
 
 
 def read_precision(compiled: openvino.CompiledModel) -> str:

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 
 from variator import machine
-from variator.engines.base import Feed
+from variator.engines.base import Inputs
 from variator.exporters.flops import PART_KEY
 
 RECIPE = "2"
@@ -50,15 +50,15 @@ def quantise_dynamic(source: Path, target: Path) -> Path:
     return target
 
 
-def quantise_static(source: Path, target: Path, feeds: Sequence[Feed]) -> Path:
+def quantise_static(source: Path, target: Path, feeds: Sequence[Inputs]) -> Path:
     """Activation ranges from a calibration run over `feeds`, weights per channel; the form OpenVINO takes."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._left: Iterator[Feed] = iter(feeds)
+            self._left: Iterator[Inputs] = iter(feeds)
 
-        def get_next(self) -> dict[str, npt.NDArray[np.int64]] | None:
+        def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
             feed = next(self._left, None)
             return None if feed is None else dict(feed)
 

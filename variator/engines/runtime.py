@@ -1,16 +1,19 @@
-"""The runtime: texts in, outputs out, at the ratio asked for.
+"""The runtime: texts in, outputs out, at the ratio and with the plugin asked for.
 
 Tokenises, groups rows into length buckets, runs the engine of the ratio. Loads a ratio when it is first asked
 for. Safe to share between threads: requests compute one after another, each with all of the runtime's threads,
 so the ratios' sessions never compete (their pools sleep in between).
+
+With a shared bundle, plugins come and go while requests run: `plug` makes a name's engines ready, then publishes them
+all at once; a request keeps the ones it began with.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -19,12 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.base import Engine, Outputs
+from variator.engines.base import Engine, Inputs, Outputs
 from variator.engines.build import BuiltEngine, find_built, load_engine
 from variator.errors import BundleError, EngineError, InputError
 from variator.exporters.gate import PER_TOKEN
 from variator.files import inside
-from variator.toolkit.bundle import Bundle
+from variator.toolkit.bundle import SHARED_GRAPH, Bundle
+from variator.toolkit.plugin_file import Head, Plugin, load_plugin, same_head
+from variator.toolkit.stack import LOGITS, check_fits, check_head, head_inputs, inputs_of, stack
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,6 +43,9 @@ TOKENS_PER_RUN = 16384
 PADDING = {"start_logits": -3.0e4, "end_logits": -3.0e4}
 """What token outputs hold behind a row's end, so that no answer is found there; 0 for others."""
 
+DEFAULT = "default"
+"""Name of the plugins that are in the bundle."""
+
 Input = str | tuple[str, str] | Sequence[int]
 """A text, a pair of texts, or token ids."""
 
@@ -49,6 +57,7 @@ class Result:
     Args:
         outputs: By name, fp32, one row per input in the order given; token outputs padded by `PADDING`.
         lengths: Tokens per row.
+        plugin: Name of the plugin that served it.
         precision: As read back from the engine.
         load_ms: Time to load the ratio, for the first request that asks for it.
         queue_ms: Time the request waited for others.
@@ -58,6 +67,7 @@ class Result:
     outputs: Outputs
     lengths: list[int]
     ratio: int
+    plugin: str
     engine: str
     precision: str
     tokenise_ms: float
@@ -74,6 +84,31 @@ class Row:
     types: Sequence[int]
 
 
+class Slot:
+    """A ratio of a plugin: a graph and what it holds, ready when it is first needed."""
+
+    def __init__(self, graph: str, inputs: Callable[[], Inputs], head: bool) -> None:
+        self.graph, self.head = graph, head
+        self._inputs = inputs
+        self._engine: Engine | None = None
+        self._lock = Lock()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can run at once."""
+        return self._engine is not None
+
+    def engine(self, load: Callable[[str], Engine]) -> Engine:
+        """The engine, made now if it is not yet; `load` gives that of the graph."""
+        if self._engine is not None:
+            return self._engine
+        with self._lock:
+            if self._engine is None:
+                self._engine = load(self.graph).hold(self._inputs())
+                self._inputs = dict  # they are on the device now
+            return self._engine
+
+
 class Runtime:
     """An opened bundle; use it as a context manager. Made by `Runtime.open`."""
 
@@ -85,8 +120,10 @@ class Runtime:
         """Which engine was picked, and why."""
         self._built = built
         self._threads = threads
-        self._engines: dict[int, Engine] = {}
-        self._load_lock, self._compute_lock, self._closed = Lock(), Lock(), False
+        self._graphs: dict[str, Engine] = {}
+        self._plugged: dict[str, Mapping[int, Slot]] = {DEFAULT: self._own_slots()}
+        """Never changed in place: whoever reads it once has a consistent view."""
+        self._load_lock, self._compute_lock, self._plug_lock, self._closed = Lock(), Lock(), Lock(), False
         path = inside(bundle.path, "tokenizer.json")
         bundle.verify("tokenizer.json")
         try:
@@ -132,10 +169,10 @@ class Runtime:
 
     def close(self) -> None:
         """Wait for the running request and give all memory back."""
-        with self._load_lock, self._compute_lock:
-            self._closed = True
-            while self._engines:
-                self._engines.popitem()[1].close()
+        with self._plug_lock, self._load_lock, self._compute_lock:
+            self._closed, self._plugged = True, {}
+            while self._graphs:
+                self._graphs.popitem()[1].close()
 
     @property
     def engine(self) -> str:
@@ -144,37 +181,92 @@ class Runtime:
 
     @property
     def loaded(self) -> list[int]:
-        """Ratios that have been asked for so far."""
-        return sorted(self._engines)
+        """Ratios that have been asked for so far, of any plugin."""
+        return sorted({ratio for slots in self._plugged.values() for ratio, slot in slots.items() if slot.ready})
 
-    def infer(self, inputs: Sequence[Input], *, ratio: int, truncate: bool = False) -> Result:
+    @property
+    def plugins(self) -> dict[str, list[int]]:
+        """Names that can be asked for now, and the ratios each has."""
+        return {name: sorted(slots) for name, slots in self._plugged.items()}
+
+    def plug(
+        self, name: str, plugin: Plugin | Path | str | Sequence[Plugin | Path | str], head: Head | None = None
+    ) -> None:
+        """Make plugins available under a name, at once for all requests that begin from now on.
+
+        Replaces whatever the name stood for; requests that run finish with what they began with. `default` stands for
+        the bundle's own.
+
+        Args:
+            name: As `infer` will ask for it.
+            plugin: Plugins, one per ratio, or their files; or a directory of `ratio-<k>.safetensors`.
+            head: A classifier for those that bring none, and for ratio 1. Without it ratio 1 has the head that all the
+                plugins agree on.
+
+        Raises:
+            InputError: If the name is empty, or there is no plugin or two of one ratio.
+            PluginError: If one is damaged, for another backbone, or beyond what the shared graph takes; the name then
+                stands for what it did.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"{name!r} is no name for a plugin", valid="a text with at least one character")
+        plugins = _read_plugins(name, plugin)
+        for one in plugins:
+            check_fits(one, self.bundle.manifest, f"plugin {name!r}, ratio {one.config.ratio}")
+        if head is not None:
+            check_head(head, self.bundle.manifest, f"plugin {name!r}")
+        slots = self._slots_of(plugins, head)
+        for slot in slots.values():
+            if slot.graph in self._graphs:  # else its first request loads the graph
+                slot.engine(self._graph)
+        with self._plug_lock:
+            self._check_open()
+            self._plugged = {**self._plugged, name: slots}
+
+    def unplug(self, name: str) -> None:
+        """Take a name away; its memory goes when the last request that uses it is done. `default` becomes the bundle's
+        own again.
+
+        Raises:
+            InputError: If nothing is plugged in under that name.
+        """
+        with self._plug_lock:
+            self._check_open()
+            self._slots(name)
+            rest = {key: slots for key, slots in self._plugged.items() if key != name}
+            self._plugged = {DEFAULT: self._own_slots(), **rest} if name == DEFAULT else rest
+
+    def infer(self, inputs: Sequence[Input], *, ratio: int, plugin: str = DEFAULT, truncate: bool = False) -> Result:
         """Run a request.
 
         Args:
             inputs: Texts, pairs of texts, or lists of token ids; at least one.
-            ratio: One that the bundle holds; 1 is the uncompressed backbone.
+            ratio: One that the plugin has; 1 is the uncompressed backbone.
+            plugin: A name that is plugged in; `default` is what the bundle holds.
             truncate: Cut what is longer than the model's limit instead of refusing it; token ids simply at the end.
 
         Raises:
-            InputError: For an empty request or row, a row that is too long, ids outside the vocabulary, or a
-                ratio that the bundle does not hold.
+            InputError: For an empty request or row, a row that is too long, ids outside the vocabulary, a plugin that
+                is not plugged in or a ratio that it does not have.
         """
-        self.bundle.ratio(ratio)
+        slot = self._slot(ratio, plugin)
         started = time.perf_counter()
         rows = self.tokenise(inputs, truncate)
         tokenised = time.perf_counter()
-        engine = self.load(ratio)
+        engine = slot.engine(self._graph)
         loaded = time.perf_counter()
         with self._compute_lock:
-            if self._closed:
-                raise EngineError("the runtime is closed", fix="use it inside its `with` block")
+            self._check_open()
             computing = time.perf_counter()
             outputs = self._run(engine, rows)
             done = time.perf_counter()
+        if self._has_head_input and not slot.head:
+            del outputs[LOGITS]
         return Result(
             outputs,
             [len(row.ids) for row in rows],
             ratio,
+            plugin,
             self.engine,
             engine.precision,
             (tokenised - started) * 1e3,
@@ -224,17 +316,72 @@ class Runtime:
         ids = ids[: self.bundle.manifest.max_length] if truncate else ids
         return Row(ids, [0] * len(ids))
 
-    def load(self, ratio: int) -> Engine:
-        """The engine of a ratio, loaded if it is not yet."""
-        engine = self._engines.get(ratio)
+    def load(self, ratio: int, plugin: str = DEFAULT) -> Engine:
+        """The engine of a ratio, loaded if it is not yet. Errors as `infer`."""
+        return self._slot(ratio, plugin).engine(self._graph)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the runtime is closed", fix="use it inside its `with` block")
+
+    def _slots(self, plugin: str) -> Mapping[int, Slot]:
+        plugged = self._plugged
+        if plugin not in plugged:
+            self._check_open()
+            raise InputError(
+                f"no plugin {plugin!r} is plugged in",
+                valid=", ".join(plugged),
+                fix=f"runtime.plug({plugin!r}, FILE)",
+            )
+        return plugged[plugin]
+
+    def _slot(self, ratio: int, plugin: str) -> Slot:
+        slots = self._slots(plugin)
+        if isinstance(ratio, bool) or ratio not in slots:
+            if plugin == DEFAULT:
+                self.bundle.ratio(ratio)  # says what the bundle holds
+            raise InputError(
+                f"plugin {plugin!r} has no ratio {ratio!r}" + (": its heads differ" if ratio == 1 else ""),
+                valid=", ".join(map(str, sorted(slots))),
+                fix="plug it in with head=…" if ratio == 1 else "plug it in with a plugin of that ratio, too",
+            )
+        return slots[ratio]
+
+    def _graph(self, graph: str) -> Engine:
+        """The engine of a graph, loaded if it is not yet."""
+        engine = self._graphs.get(graph)
         if engine is not None:
             return engine
         with self._load_lock:
-            if self._closed:
-                raise EngineError("the runtime is closed", fix="use it inside its `with` block")
-            if ratio not in self._engines:
-                self._engines[ratio] = load_engine(self.bundle, self._built, ratio, self._threads)
-            return self._engines[ratio]
+            self._check_open()
+            if graph not in self._graphs:
+                self._graphs[graph] = load_engine(self.bundle, self._built, graph, self._threads)
+            return self._graphs[graph]
+
+    @property
+    def _has_head_input(self) -> bool:
+        shared = self.bundle.manifest.shared
+        return shared is not None and shared.head
+
+    def _own_slots(self) -> dict[int, Slot]:
+        """The bundle's own plugins."""
+        return {
+            ratio: Slot(entry.graph, partial(inputs_of, self.bundle, ratio), entry.head)
+            for ratio, entry in self.bundle.manifest.ratios.items()
+        }
+
+    def _slots_of(self, plugins: Sequence[Plugin], head: Head | None) -> dict[int, Slot]:
+        hidden = self.bundle.manifest.hidden_size
+
+        def slot(ratio: int, stacks: Inputs, one: Head | None) -> Slot:
+            inputs = {**stacks, **(head_inputs(one, hidden) if self._has_head_input else {})}
+            return Slot(SHARED_GRAPH if ratio > 1 else self.bundle.ratio(1).graph, lambda: inputs, one is not None)
+
+        slots = {one.config.ratio: slot(one.config.ratio, stack(one), one.head or head) for one in plugins}
+        heads = [one.head for one in plugins]
+        if head is not None or all(same_head(heads[0], other) for other in heads):
+            slots[1] = slot(1, {}, head or heads[0])
+        return slots
 
     def _run(self, engine: Engine, rows: Sequence[Row]) -> Outputs:
         outputs: Outputs = {}
@@ -255,6 +402,23 @@ class Runtime:
             if "token_type_ids" in feed:
                 feed["token_type_ids"][index, : len(row.ids)] = row.types
         return feed
+
+
+def _read_plugins(name: str, plugin: Plugin | Path | str | Sequence[Plugin | Path | str]) -> list[Plugin]:
+    """What `Runtime.plug` was given, read from files where it is not yet: at least one, no two of one ratio."""
+    given: Sequence[Plugin | Path | str]
+    if isinstance(plugin, str | Path) and Path(plugin).is_dir():
+        given = sorted(Path(plugin).glob("ratio-*.safetensors"))
+    else:
+        given = [plugin] if isinstance(plugin, Plugin | str | Path) else list(plugin)
+    plugins = [one if isinstance(one, Plugin) else load_plugin(Path(one)) for one in given]
+    ratios = [one.config.ratio for one in plugins]
+    if not ratios or len(set(ratios)) < len(ratios):
+        raise InputError(
+            f"plugin {name!r} has " + (f"several plugins of one ratio: {ratios}" if ratios else "no plugin file"),
+            valid="one plugin per ratio, or a directory with ratio-<k>.safetensors files",
+        )
+    return plugins
 
 
 def _buckets(rows: Sequence[Row], limit: int) -> list[tuple[int, list[int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,36 @@ import onnx_ir
 import variator
 from variator.errors import InputError, PluginError
 from variator.exporters.flops import PART_KEY, count_flops, part_of
-from variator.exporters.gate import PASSAGE, Case, compare, make_feeds, plain_runner, reference_outputs, save_cases
-from variator.exporters.graph import Compressed, export_graph
+from variator.exporters.gate import (
+    PASSAGE,
+    Case,
+    add_logits,
+    compare,
+    gate_head,
+    make_feeds,
+    plain_runner,
+    reference_outputs,
+    save_cases,
+)
+from variator.exporters.graph import Compressed, export_graph, export_shared
 from variator.files import directory_written_whole
-from variator.toolkit.bundle import GATE_FILE, Bundle, Manifest, RatioEntry, list_files, write_manifest
+from variator.toolkit.bundle import (
+    GATE_FILE,
+    LAYOUTS,
+    PER_RATIO,
+    SHARED,
+    SHARED_GRAPH,
+    Bundle,
+    Manifest,
+    RatioEntry,
+    SharedProfile,
+    list_files,
+    write_manifest,
+)
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin_file import Plugin, find_plugin, untrained_plugin
-from variator.toolkit.plugin_format import PluginConfig, check_ratio
+from variator.toolkit.plugin_file import Head, Plugin, find_plugin, same_head, save_plugin, untrained_plugin
+from variator.toolkit.plugin_format import MAX_RATIO, PLUGIN_FORMAT, PluginConfig, check_ratio
+from variator.toolkit.stack import Inputs, head_inputs, neutral, stack
 from variator.toolkit.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -28,6 +51,9 @@ if TYPE_CHECKING:
 
 FLOPS_LENGTH = 128
 """Sequence length of the manifest's FLOPs."""
+
+MAX_RANK, MAX_CLASSES = 256, 1024
+"""What a shared graph's engines have to be ready for, if no plugin of the export is larger."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,7 @@ class ExportSettings:
         untrained: Make up plugins where none is found: for speed measurements only, and marked so everywhere.
         rank: Of made-up plugins.
         overwrite: Whether an existing bundle may be replaced.
+        layout: `per-ratio`, one graph per ratio, or `shared`, one graph that takes its plugin as inputs.
     """
 
     ratios: tuple[int, ...]
@@ -47,6 +74,7 @@ class ExportSettings:
     untrained: bool = False
     rank: int = 64
     overwrite: bool = False
+    layout: str = PER_RATIO
 
 
 def export(
@@ -71,6 +99,8 @@ def export(
     """
     output = Path(output)
     ratios = sorted({1, *map(check_ratio, settings.ratios)})
+    if settings.layout not in LAYOUTS:
+        raise InputError(f"unknown layout {settings.layout!r}", valid=", ".join(LAYOUTS))
     if output.exists() and not settings.overwrite:
         raise InputError(f"{output} exists already", fix="choose another -o, or pass --overwrite")
     if output.exists() and not (output / "manifest.json").exists():
@@ -78,14 +108,22 @@ def export(
     on_stage("loading the model")
     backbone = model if isinstance(model, Backbone) else load_backbone(model, task, name)
     plugins = {ratio: _plugin_for(backbone, ratio, settings) for ratio in ratios if ratio > 1}
+    profile = _profile(backbone, plugins) if settings.layout == SHARED else None
+    for plugin in plugins.values():
+        if plugin.head is not None and (profile is None or not profile.head):
+            raise PluginError(
+                f"the ratio-{plugin.config.ratio} plugin carries a task head, which a {settings.layout} bundle of task "
+                f"{backbone.task} has no place for",
+                valid="--layout shared and task embed",
+            )
     with directory_written_whole(output, replace=settings.overwrite) as directory:
-        entries = _export_ratios(backbone, plugins, ratios, directory, on_stage)
+        entries = _export_ratios(backbone, plugins, ratios, profile, directory, on_stage)
         backbone.tokenizer.save_pretrained(directory)
         for file in directory.iterdir():  # a tokenizer may bring folders or code; a bundle is flat data
             if file.is_dir():
                 shutil.rmtree(file)
         on_stage("writing the manifest")
-        write_manifest(directory, _manifest(backbone, entries, directory))
+        write_manifest(directory, _manifest(backbone, entries, profile, directory))
     return Bundle.open(output)
 
 
@@ -104,37 +142,96 @@ def _plugin_for(backbone: Backbone, ratio: int, settings: ExportSettings) -> Plu
     return plugin
 
 
+def _profile(backbone: Backbone, plugins: Mapping[int, Plugin]) -> SharedProfile:
+    """What the shared graph will take: these plugins, and later ones like them."""
+    activations = sorted({plugin.config.activation for plugin in plugins.values()}) or ["tanh"]
+    if len(activations) > 1:
+        raise PluginError(
+            f"the plugins have different activations: {', '.join(activations)}",
+            valid="one activation, it is built into the shared graph",
+            fix="--layout per-ratio, or train them with the same --activation",
+        )
+    rank = max([MAX_RANK, *(plugin.config.rank for plugin in plugins.values())])
+    return SharedProfile(PLUGIN_FORMAT, activations[0], MAX_RATIO, rank, MAX_CLASSES, backbone.task == "embed")
+
+
 def _export_ratios(
     backbone: Backbone,
     plugins: Mapping[int, Plugin],
     ratios: Sequence[int],
+    profile: SharedProfile | None,
     directory: Path,
     on_stage: Callable[[str], None],
 ) -> dict[int, RatioEntry]:
     store = WeightStore(directory)
-    tokens = backbone.tokenizer(PASSAGE, truncation=True, max_length=backbone.max_length)["input_ids"]
-    text = [token for token in tokens if token != backbone.original.config.pad_token_id]
-    feeds = make_feeds(backbone.inputs, backbone.config.vocabulary, backbone.max_length, text)
-    cases = [Case(feed, {}) for feed in feeds]
+    if profile is not None:
+        _write_shared(backbone, profile, store, directory, on_stage)
+    cases = _cases(backbone)
+    head = gate_head(backbone.config.hidden_size) if profile and profile.head else None
     entries: dict[int, RatioEntry] = {}
     for ratio in ratios:
         plugin = plugins.get(ratio)
-        on_stage(f"exporting ratio {ratio}")
-        graph = directory / f"ratio-{ratio}.onnx"
-        _write_graph(backbone, plugin, store, graph, "backbone.data" if ratio == 1 else f"plugin-{ratio}.data")
+        graph = directory / (SHARED_GRAPH if plugin and profile else f"ratio-{ratio}.onnx")
+        beside: Inputs = {}
+        if profile is None:
+            on_stage(f"exporting ratio {ratio}")
+            _write_graph(export_graph(backbone, plugin), store, graph, _data_file(ratio))
+        else:
+            beside = _beside(backbone, plugin, head)
         on_stage(f"checking ratio {ratio} against PyTorch")
         module = Compressed(backbone.model, plugin).eval()
         for case in cases:
             case.expected[ratio] = reference_outputs(backbone, module, case.feed)
-        error = compare(graph.name, "fp32", cases, ratio, plain_runner(graph))
-        flops = _flops(graph, entries)
-        entries[ratio] = _entry(graph.name, plugin, flops, error)
+            if head is not None:
+                add_logits(case.expected[ratio], head)
+        error = _gate(graph, cases, ratio, beside)
+        if ratio == 1 and profile is not None:  # exact without its plugin, too
+            sizes = backbone.config
+            _gate(directory / SHARED_GRAPH, cases, 1, beside | neutral(sizes.layers, sizes.hidden_size))
+        flops = _flops(graph, entries, beside)
+        heads = [one.head for one in ([plugin] if plugin else plugins.values())]
+        with_head = bool(heads) and heads[0] is not None and all(same_head(heads[0], other) for other in heads)
+        file = save_plugin(plugin, directory).name if plugin and profile else ""
+        entries[ratio] = replace(_entry(graph.name, plugin, flops, error), plugin=file, head=with_head)
     save_cases(cases, directory / GATE_FILE)
     return entries
 
 
-def _write_graph(backbone: Backbone, plugin: Plugin | None, store: WeightStore, graph: Path, file: str) -> None:
-    model = export_graph(backbone, plugin)
+def _data_file(ratio: int) -> str:
+    return "backbone.data" if ratio == 1 else f"plugin-{ratio}.data"
+
+
+def _write_shared(
+    backbone: Backbone,
+    profile: SharedProfile,
+    store: WeightStore,
+    directory: Path,
+    on_stage: Callable[[str], None],
+) -> None:
+    """The two graphs of a shared layout: all ratios above 1, and ratio 1, which need not pay for them."""
+    for name, compressed in (("ratio-1.onnx", False), (SHARED_GRAPH, True)):
+        on_stage(f"exporting {name}")
+        _write_graph(export_shared(backbone, profile, compressed), store, directory / name, _data_file(1))
+
+
+def _beside(backbone: Backbone, plugin: Plugin | None, head: Head | None) -> Inputs:
+    """What a graph of a shared layout takes beside the tokens."""
+    return (stack(plugin) if plugin else {}) | (head_inputs(head, backbone.config.hidden_size) if head else {})
+
+
+def _cases(backbone: Backbone) -> list[Case]:
+    tokens = backbone.tokenizer(PASSAGE, truncation=True, max_length=backbone.max_length)["input_ids"]
+    text = [token for token in tokens if token != backbone.original.config.pad_token_id]
+    feeds = make_feeds(backbone.inputs, backbone.config.vocabulary, backbone.max_length, text)
+    return [Case(feed, {}) for feed in feeds]
+
+
+def _gate(graph: Path, cases: Sequence[Case], ratio: int, beside: Inputs) -> float:
+    run = plain_runner(graph)
+    return compare(graph.name, "fp32", cases, ratio, lambda feed: run({**beside, **feed}))
+
+
+def _write_graph(model: onnx_ir.Model, store: WeightStore, graph: Path, file: str) -> None:
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.metadata_props.clear()
@@ -147,8 +244,8 @@ def _write_graph(backbone: Backbone, plugin: Plugin | None, store: WeightStore, 
     onnx_ir.save(model, graph)
 
 
-def _flops(graph: Path, entries: Mapping[int, RatioEntry]) -> dict[str, float]:
-    flops = count_flops(graph, FLOPS_LENGTH)
+def _flops(graph: Path, entries: Mapping[int, RatioEntry], beside: Inputs) -> dict[str, float]:
+    flops = count_flops(graph, FLOPS_LENGTH, beside)
     whole = entries[1].flops["total"] if entries else flops["total"]
     return {"batch": 1, "sequence": FLOPS_LENGTH, **flops, "saved": round(1 - flops["total"] / whole, 6)}
 
@@ -169,7 +266,9 @@ def _entry(graph: str, plugin: Plugin | None, flops: dict[str, float], error: fl
     )
 
 
-def _manifest(backbone: Backbone, entries: dict[int, RatioEntry], directory: Path) -> Manifest:
+def _manifest(
+    backbone: Backbone, entries: dict[int, RatioEntry], profile: SharedProfile | None, directory: Path
+) -> Manifest:
     packages = ("torch", "transformers", "onnx", "onnxscript")
     return Manifest(
         versions={"variator": variator.__version__, **{name: importlib.metadata.version(name) for name in packages}},
@@ -189,4 +288,6 @@ def _manifest(backbone: Backbone, entries: dict[int, RatioEntry], directory: Pat
         real=backbone.real,
         ratios=entries,
         files=list_files(directory),
+        layout=PER_RATIO if profile is None else SHARED,
+        shared=profile,
     )

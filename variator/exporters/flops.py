@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from variator.errors import GateError
+from variator.toolkit.stack import Inputs
 
 PARTS = ("attention", "ffn", "plugin", "head")
 PART_KEY = "variator.part"
@@ -35,10 +36,13 @@ def part_of(scopes: Sequence[str]) -> str:
     return "ffn" if ".ffn" in path else "plugin"
 
 
-def count_flops(graph: Path, sequence: int) -> dict[str, int]:
+def count_flops(graph: Path, sequence: int, beside: Inputs | None = None) -> dict[str, int]:
     """FLOPs (2 x multiply-accumulates) of one row of `sequence` tokens, by part, with `total`.
 
     Embedding tables cost nothing; a projection behind them counts as head.
+
+    Args:
+        beside: What a shared graph takes beside the tokens, see `toolkit.stack`.
 
     Raises:
         GateError: If the profile misses a matrix product of the graph.
@@ -49,10 +53,11 @@ def count_flops(graph: Path, sequence: int) -> dict[str, int]:
         for node in model.graph.node
         if node.op_type in ("MatMul", "Gemm")
     }
-    inputs = [value.name for value in model.graph.input]
+    beside = beside or {}
+    tokens = [value.name for value in model.graph.input if value.name not in beside]
     counted = dict.fromkeys(PARTS, 0)
     seen = set()
-    for name, shapes in _profiled_shapes(graph, inputs, sequence):
+    for name, shapes in _profiled_shapes(graph, tokens, sequence, beside):
         if name in parts and name not in seen:
             seen.add(name)
             left, right = shapes[0], shapes[1]
@@ -63,10 +68,12 @@ def count_flops(graph: Path, sequence: int) -> dict[str, int]:
     return counted | {"total": sum(counted.values())}
 
 
-def _profiled_shapes(graph: Path, inputs: Sequence[str], sequence: int) -> list[tuple[str, list[list[int]]]]:
+def _profiled_shapes(
+    graph: Path, tokens: Sequence[str], sequence: int, beside: Inputs
+) -> list[tuple[str, list[list[int]]]]:
     import onnxruntime
 
-    feed = {name: np.full((1, sequence), name == "attention_mask", np.int64) for name in inputs}
+    feed = {name: np.full((1, sequence), name == "attention_mask", np.int64) for name in tokens}
     with tempfile.TemporaryDirectory() as directory:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -75,7 +82,7 @@ def _profiled_shapes(graph: Path, inputs: Sequence[str], sequence: int) -> list[
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(directory) / "profile")
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        session.run(None, feed)
+        session.run(None, {**beside, **feed})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     found = []
     for event in events:

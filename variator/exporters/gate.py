@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from variator.errors import BundleError, GateError
+from variator.toolkit.plugin_file import Head
+from variator.toolkit.stack import LOGITS
 
 if TYPE_CHECKING:
     from variator.exporters.graph import Compressed
@@ -42,6 +44,8 @@ CONFUSED = 0.25
 FIRST_ORDINARY = 5
 """Token ids below are special tokens in the usual vocabularies. RoBERTa's own code takes a padding id among real
 tokens for padding and counts positions differently; the runtime never sends one."""
+
+HEAD_CLASSES = 3
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.5}
 """Largest accepted error by precision: the L2 norm of the difference over the reference's, per case.
@@ -123,6 +127,17 @@ def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dic
             else:
                 target[...] = result[0].numpy()
     return outputs
+
+
+def gate_head(hidden: int) -> Head:
+    """The classifier that the gate puts on a shared graph's embedding: random, the same for every bundle."""
+    rng = np.random.default_rng(0)
+    return Head(*(rng.standard_normal(s).astype(np.float32) for s in ((HEAD_CLASSES, hidden), (HEAD_CLASSES,))))
+
+
+def add_logits(outputs: dict[str, Array], head: Head) -> None:
+    """Add what a classifier on the embedding gives."""
+    outputs[LOGITS] = outputs["embedding"] @ head.weight.T + head.bias
 
 
 PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits")

@@ -1,21 +1,27 @@
-"""One ratio of a model -> one ONNX graph, through torch's `torch.export`-based exporter."""
+"""A model -> ONNX graphs, through torch's `torch.export`-based exporter.
+
+`export_graph` makes one ratio's graph with its plugin in it, `export_shared` a graph whose plugin comes as inputs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
 from variator.errors import GateError
+from variator.toolkit.bundle import SharedProfile
 from variator.toolkit.checkpoint import Backbone, Model
+from variator.toolkit.encoder import EncoderConfig
 from variator.toolkit.plugin_file import Plugin
-from variator.toolkit.plugin_format import layer_operands
+from variator.toolkit.plugin_format import MAX_RATIO, layer_operands
+from variator.toolkit.stack import HEAD_INPUTS, LOGITS, PLUGIN_INPUTS, RATIO_INPUT, shapes
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -25,6 +31,9 @@ OPSET = 20
 
 TRACE_SHAPE = (2, 12)
 """Batch and length used for tracing; the numeric gate uses others."""
+
+TRACE_RATIO, TRACE_RANK, TRACE_CLASSES = 3, 5, 7
+"""Likewise for the inputs of a shared graph."""
 
 
 class Compressed(nn.Module):
@@ -63,6 +72,38 @@ class Compressed(nn.Module):
         return outputs
 
 
+class Shared(nn.Module):
+    """A model that takes its plugin and its head as inputs; what is exported in a shared layout.
+
+    Args:
+        inputs: Names in the order of `forward`: the backbone's, then those of `toolkit.stack`. Without plugin inputs
+            it is ratio 1.
+        activation: Of the plugins' bottleneck.
+    """
+
+    def __init__(self, model: Model, inputs: Sequence[str], activation: str = "tanh") -> None:
+        super().__init__()
+        self.model, self.inputs, self.activation = model, tuple(inputs), activation
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The inputs by position -> the task's outputs and, if there is a head, `logits` [batch, classes]."""
+        given = dict(zip(self.inputs, tensors, strict=True))
+        head = [given.pop(name) for name in HEAD_INPUTS if name in given]
+        stacks = {name: given.pop(name) for name in PLUGIN_INPUTS if name in given}
+
+        def plugin(layer: int) -> dict[str, dict[str, Tensor]]:
+            sites: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in stacks.items():
+                _, site, operand = name.split(".", 2)
+                sites.setdefault(site, {})[operand] = tensor[layer].float()
+            return sites
+
+        ids = (given.get(name) for name in ("input_ids", "attention_mask", "token_type_ids"))
+        ratio = stacks[RATIO_INPUT].shape[1] if stacks else 1
+        outputs: tuple[Tensor, ...] = self.model(*ids, plugin if stacks else None, ratio, self.activation)
+        return (*outputs, torch.matmul(outputs[0], head[0]) + head[1]) if head else outputs
+
+
 def export_graph(backbone: Backbone, plugin: Plugin | None) -> onnx_ir.Model:
     """Export one ratio with batch and sequence dynamic.
 
@@ -77,17 +118,71 @@ def export_graph(backbone: Backbone, plugin: Plugin | None) -> onnx_ir.Model:
     return model
 
 
-def trace(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str], opset: int | None = None) -> onnx_ir.Model:
-    """Export a module of int64 [batch, sequence] inputs, both dimensions dynamic; `opset` None is torch's choice."""
+def export_shared(backbone: Backbone, profile: SharedProfile, compressed: bool) -> onnx_ir.Model:
+    """Export a graph of a shared layout: for every ratio above 1, its plugin as inputs; or for ratio 1.
+
+    Args:
+        profile: What the inputs may be.
+        compressed: False leaves the plugin inputs out: ratio 1, of which only the head is an input.
+
+    Raises:
+        GateError: As `export_graph`.
+    """
+    beside = _beside(backbone.config, profile.head, compressed)
+    module = Shared(backbone.model, [*backbone.inputs, *beside], profile.activation)
+    outputs = [*backbone.outputs, *([LOGITS] if profile.head else [])]
+    model = trace(module, backbone.inputs, outputs, OPSET, beside)
+    _check_structure(model)
+    return model
+
+
+Example = tuple[Tensor, dict[int, Any]]
+"""An input to trace with, and its dynamic dimensions by axis."""
+
+
+def _beside(sizes: EncoderConfig, head: bool, compressed: bool) -> dict[str, Example]:
+    """The inputs of `toolkit.stack` that a shared graph takes."""
+    ratio = torch.export.Dim("ratio", min=1, max=MAX_RATIO)
+    rank, classes = torch.export.Dim("rank", min=1), torch.export.Dim("classes", min=1)
+    dynamic = {"ratio": ratio, "group": sizes.hidden_size * ratio, "rank": rank}
+    found: dict[str, Example] = {}
+    if compressed:
+        for name, shape in shapes(sizes.layers, sizes.hidden_size, TRACE_RATIO, TRACE_RANK).items():
+            axes = {axis: dynamic[dim] for axis, dim in enumerate(PLUGIN_INPUTS[name]) if dim in dynamic}
+            found[name] = torch.ones(shape, dtype=torch.float16), axes
+    if head:
+        weight, bias = HEAD_INPUTS
+        found[weight] = torch.ones(sizes.hidden_size, TRACE_CLASSES), {1: classes}
+        found[bias] = torch.ones(TRACE_CLASSES), {0: classes}
+    return found
+
+
+def trace(
+    module: nn.Module,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int | None = None,
+    beside: Mapping[str, Example] | None = None,
+) -> onnx_ir.Model:
+    """Export a module of int64 [batch, sequence] inputs, both dimensions dynamic.
+
+    Args:
+        opset: None is torch's choice.
+        beside: Further inputs; with them the module takes all inputs by position.
+    """
     example = torch.ones(TRACE_SHAPE, dtype=torch.int64)
-    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    tokens = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    beside = beside or {}
+    dynamic: dict[str, Any] | tuple[Any, ...] = dict.fromkeys(inputs, tokens)
+    if beside:
+        dynamic = ((*(tokens for _ in inputs), *(axes for _, axes in beside.values())),)
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             module.eval(),
-            tuple(example.clone() for _ in inputs),
+            (*(example.clone() for _ in inputs), *(value for value, _ in beside.values())),
             dynamo=True,
-            dynamic_shapes=dict.fromkeys(inputs, dynamic),
-            input_names=list(inputs),
+            dynamic_shapes=dynamic,
+            input_names=[*inputs, *beside],
             output_names=list(outputs),
             opset_version=opset,
             verbose=False,
@@ -104,6 +199,8 @@ def _check_structure(model: onnx_ir.Model) -> None:
     if foreign:
         raise GateError(f"the exporter used operators that are not standard ONNX: {', '.join(foreign)}")
     for value in model.graph.inputs:
+        if value.name in PLUGIN_INPUTS or value.name in HEAD_INPUTS:
+            continue
         fixed = [dim for dim in (value.shape or ()) if isinstance(dim, int)]
         if value.shape is None or fixed:
             raise GateError(

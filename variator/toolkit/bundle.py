@@ -13,9 +13,15 @@ from typing import Any
 
 from variator.errors import BundleError, InputError
 from variator.files import inside, sha256_of, write_atomically
+from variator.toolkit.plugin_format import PLUGIN_FORMAT
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PER_RATIO, SHARED = "per-ratio", "shared"
+LAYOUTS = (PER_RATIO, SHARED)
+"""One graph per ratio with its plugin in it, or one graph for all ratios with the plugin as inputs."""
+
+SHARED_GRAPH = "shared.onnx"
 GATE_FILE = "gate.safetensors"
 """Inputs and PyTorch outputs that every artefact made from the bundle is compared with."""
 
@@ -28,7 +34,9 @@ class RatioEntry:
     """One ratio of a bundle.
 
     Args:
-        graph: File name of its ONNX graph.
+        graph: File name of its ONNX graph; the same for all ratios above 1 in a shared layout.
+        plugin: File name of its plugin in a shared layout, else empty.
+        head: Whether that plugin brings a task head; at ratio 1, whether all plugins bring the same.
         plugin_sha256: Of the plugin's fp32 tensors (`Plugin.digest`); empty for ratio 1.
         plugin_parameters: Number of parameters the plugin adds.
         untrained: True if the plugin is for speed measurements only.
@@ -47,6 +55,27 @@ class RatioEntry:
     max_abs_error: float = 0.0
     quality: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    plugin: str = ""
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class SharedProfile:
+    """What the shared graph of a bundle takes.
+
+    Args:
+        plugin_format: Format version of the plugins whose operands its inputs are.
+        activation: Of the plugins' bottleneck, built into the graph.
+        max_ratio, max_rank, max_classes: Largest shapes an engine has to be ready for.
+        head: Whether it also takes a classifier on the embedding, and has the output `logits`.
+    """
+
+    plugin_format: int
+    activation: str
+    max_ratio: int
+    max_rank: int
+    max_classes: int
+    head: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +107,8 @@ class Manifest:
     real: bool
     ratios: dict[int, RatioEntry]
     files: dict[str, FileEntry]
-    layout: str = "per-ratio"
+    layout: str = PER_RATIO
+    shared: SharedProfile | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -107,7 +137,9 @@ class Manifest:
         try:
             ratios = {int(ratio): RatioEntry(**entry) for ratio, entry in data.pop("ratios").items()}
             files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
-            manifest = Manifest(ratios=ratios, files=files, **data)
+            profile = data.pop("shared", None)
+            shared = None if profile is None else SharedProfile(**profile)
+            manifest = Manifest(ratios=ratios, files=files, shared=shared, **data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise BundleError(f"{place} is damaged: {error}", fix=fix) from error
         wrong = [
@@ -117,9 +149,18 @@ class Manifest:
         ]
         if wrong:
             raise BundleError(f"{place} is damaged: {'; '.join(wrong)}", fix=fix)
-        unlisted = [entry.graph for entry in manifest.ratios.values() if entry.graph not in manifest.files]
+        named = [name for entry in manifest.ratios.values() for name in (entry.graph, entry.plugin) if name]
+        unlisted = [name for name in named if name not in manifest.files]
         if 1 not in manifest.ratios or unlisted:
-            raise BundleError(f"{place} is damaged: ratio 1 or a graph is not listed {unlisted}", fix=fix)
+            raise BundleError(f"{place} is damaged: ratio 1 or a file is not listed {unlisted}", fix=fix)
+        if manifest.layout not in LAYOUTS or (manifest.layout == SHARED) != (shared is not None):
+            raise BundleError(f"{place} has layout {manifest.layout!r}", valid=", ".join(LAYOUTS), fix=fix)
+        if shared is not None and shared.plugin_format != PLUGIN_FORMAT:
+            raise BundleError(
+                f"the shared graph of {place} takes plugins of format version {shared.plugin_format}",
+                valid=str(PLUGIN_FORMAT),
+                fix="use the version of variator that wrote it, or export again",
+            )
         return manifest
 
 
@@ -197,6 +238,11 @@ class Bundle:
     def graph(self, ratio: int) -> Path:
         """Path of a ratio's ONNX graph."""
         return inside(self.path, self.ratio(ratio).graph)
+
+    @property
+    def graphs(self) -> list[Path]:
+        """Paths of all its graphs, ratio 1 first."""
+        return list(dict.fromkeys(self.graph(ratio) for ratio in self.ratios))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Bundle:

@@ -106,8 +106,9 @@ def expand(y: Tensor, x: Tensor, site: Site, activation: str) -> Tensor:
 def compressed_ffn(x: Tensor, mask: Tensor, ffn: Callable[[Tensor], Tensor], site: Site, activation: str) -> Tensor:
     """The FFN site: compress, run the frozen FFN on the shorter sequence, expand.
 
-    All products are of two dimensions: with weights that come as inputs, runtimes multiply each row of a batch by
-    itself otherwise (OpenVINO bf16, MiniLM 32 x 64: 4 to 8 % slower).
+    The plugin's products are of two dimensions: with weights that come as inputs, runtimes multiply each row of a
+    batch by itself otherwise (OpenVINO bf16, MiniLM 32 x 64: 4 to 8 % slower). The FFN's are of three as at ratio 1,
+    so that ONNX Runtime packs the same matrices for the same kernel and all ratios share them.
 
     Args:
         x: [batch, n * k, d] what the FFN's first linear map reads.
@@ -118,6 +119,8 @@ def compressed_ffn(x: Tensor, mask: Tensor, ffn: Callable[[Tensor], Tensor], sit
     Returns:
         [batch, n * k, d] in place of FFN(x).
     """
+    batch, _, d = x.shape
     ratio = site["score.bias"].shape[0]
     merged = compress(group(x, mask, ratio), mask, site["score.weight"], site["score.bias"])
-    return expand(ffn(merged), x.reshape(-1, x.shape[-1]), site, activation).reshape(x.shape)
+    y = ffn(merged.reshape(batch, -1, d)).reshape(-1, d)
+    return expand(y, x.reshape(-1, d), site, activation).reshape(x.shape)

@@ -20,12 +20,11 @@ from safetensors.numpy import save
 
 from variator.errors import InputError, PluginError
 from variator.files import disk_errors, write_atomically
-from variator.toolkit.plugin_format import PluginConfig, tensor_shapes
+from variator.toolkit.plugin_format import PLUGIN_FORMAT, PluginConfig, tensor_shapes
 
 if TYPE_CHECKING:
     from variator.toolkit.checkpoint import Backbone
 
-FORMAT_VERSION = 1
 HEADER = "variator.plugin"
 """Metadata entry that holds everything but the tensors, as JSON."""
 
@@ -63,6 +62,13 @@ class Head:
         for name, value in zip(HEAD_TENSORS, (self.weight, self.bias), strict=True):
             if not np.isfinite(value).all():
                 raise PluginError(f"{name} holds NaN or infinity", fix="fit the head again")
+
+
+def same_head(one: Head | None, other: Head | None) -> bool:
+    """Whether two heads are the same, value by value."""
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one.weight, other.weight) and np.array_equal(one.bias, other.bias)
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ def plugin_bytes(plugin: Plugin) -> bytes:
         values = (np.ascontiguousarray(value, np.float32) for value in (plugin.head.weight, plugin.head.bias))
         tensors |= dict(zip(HEAD_TENSORS, values, strict=True))
     header = {
-        "format_version": FORMAT_VERSION,
+        "format_version": PLUGIN_FORMAT,
         "config": asdict(plugin.config),
         "family": plugin.family,
         "layers": plugin.layers,
@@ -217,7 +223,7 @@ def load_plugin(path: Path) -> Plugin:
     try:
         header = json.loads(metadata[HEADER])
         version = header["format_version"]
-        if version == FORMAT_VERSION:
+        if version == PLUGIN_FORMAT:
             head = [tensors.pop(name) for name in HEAD_TENSORS if name in tensors]
             plugin = Plugin(
                 PluginConfig(**header["config"]), tensors, str(header["family"]), int(header["layers"]),
@@ -226,10 +232,10 @@ def load_plugin(path: Path) -> Plugin:
             )  # fmt: skip
     except (KeyError, ValueError, TypeError, InputError) as error:
         raise PluginError(f"the header of plugin {path} is damaged: {error}", fix=fix) from error
-    if version != FORMAT_VERSION:
+    if version != PLUGIN_FORMAT:
         raise PluginError(
             f"{path} has plugin format version {version}",
-            valid=str(FORMAT_VERSION),
+            valid=str(PLUGIN_FORMAT),
             fix="use the version of variator that wrote it, or train again",
         )
     plugin.check_tensors(f"plugin {path}")

@@ -15,6 +15,9 @@ from typing import Protocol, TypeVar
 
 from variator.errors import InputError
 
+PLUGIN_FORMAT = 1
+"""Version of plugin files, and of the operands that a shared graph takes."""
+
 MAX_RATIO = 16
 """Largest ratio accepted: the paper's curves end there, and the score matrix grows with its square."""
 

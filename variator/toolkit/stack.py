@@ -1,0 +1,160 @@
+"""A plugin as inputs of a shared graph: every operand stacked over the layers, with the task head beside them.
+
+The contract between `exporters` (which makes the inputs), `engines` (which hold them on the device) and the numeric
+gate. Needs numpy only. Ratio and rank are read from the shapes, so one graph serves them all. The stacks are fp16,
+as plugin files are: half the memory, and the graph widens a layer's part when it uses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from variator.errors import PluginError
+from variator.toolkit.bundle import Bundle, Manifest
+from variator.toolkit.plugin_file import Head, Plugin, load_plugin
+from variator.toolkit.plugin_format import layer_operands
+
+Inputs = dict[str, npt.NDArray[Any]]
+
+LOGITS = "logits"
+"""Output of the head."""
+
+HEAD_INPUTS = ("head.weight", "head.bias")
+"""[d, classes] and [classes], fp32: the classifier on the embedding."""
+
+PLUGIN_INPUTS: dict[str, tuple[str, ...]] = {
+    "plugin.ffn.score.weight": ("layers", "group", "ratio"),
+    "plugin.ffn.score.bias": ("layers", "ratio"),
+    "plugin.ffn.down_group.weight": ("layers", "hidden", "rank"),
+    "plugin.ffn.down_token.weight": ("layers", "hidden", "rank"),
+    "plugin.ffn.down.bias": ("layers", "rank"),
+    "plugin.ffn.up.weight": ("layers", "rank", "hidden"),
+    "plugin.ffn.up.bias": ("layers", "hidden"),
+}
+"""`plugin.<site>.<operand>` and the names of its dimensions; group = ratio x hidden. See `plugin_format.operands`."""
+
+
+RATIO_INPUT = "plugin.ffn.score.bias"
+"""The input whose second dimension is the ratio."""
+
+
+def shapes(layers: int, hidden: int, ratio: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the plugin inputs."""
+    sizes = {"layers": layers, "hidden": hidden, "ratio": ratio, "rank": rank, "group": ratio * hidden}
+    return {name: tuple(sizes[dimension] for dimension in dims) for name, dims in PLUGIN_INPUTS.items()}
+
+
+def stack(plugin: Plugin) -> Inputs:
+    """The plugin inputs of one plugin: fp16, by name.
+
+    Raises:
+        PluginError: If a value does not fit fp16.
+    """
+    layers = [layer_operands(plugin.tensors, layer) for layer in range(plugin.layers)]
+    inputs: Inputs = {}
+    for name in PLUGIN_INPUTS:
+        _, site, operand = name.split(".", 2)
+        with np.errstate(over="ignore"):
+            inputs[name] = np.stack([layer[site][operand] for layer in layers]).astype(np.float16)
+        if not np.isfinite(inputs[name]).all():
+            raise PluginError(
+                f"{operand!r} of the ratio-{plugin.config.ratio} plugin is not finite in fp16",
+                fix="train it again with a lower learning rate",
+            )
+    return inputs
+
+
+def neutral(layers: int, hidden: int) -> Inputs:
+    """Plugin inputs of ratio 1, rank 1, all zero: with them a shared graph computes the backbone itself."""
+    return {name: np.zeros(shape, np.float16) for name, shape in shapes(layers, hidden, 1, 1).items()}
+
+
+def head_inputs(head: Head | None, hidden: int) -> Inputs:
+    """The head inputs; without a head one class of zeros, whose logits nobody reads."""
+    weight = np.zeros((1, hidden)) if head is None else head.weight
+    bias = np.zeros(1) if head is None else head.bias
+    values = (np.ascontiguousarray(value, np.float32) for value in (weight.T, bias))
+    return dict(zip(HEAD_INPUTS, values, strict=True))
+
+
+def inputs_of(bundle: Bundle, ratio: int, head: Head | None = None) -> Inputs:
+    """What a ratio's graph takes beside the tokens: its plugin from the bundle, and a head. Empty for `per-ratio`.
+
+    Args:
+        head: In place of the plugin's own.
+
+    Raises:
+        BundleError, PluginError: If the plugin file has changed or is damaged.
+    """
+    manifest = bundle.manifest
+    if manifest.shared is None:
+        return {}
+    plugin = bundle_plugin(bundle, ratio)
+    if head is None and bundle.ratio(ratio).head:
+        source = plugin or bundle_plugin(bundle, bundle.ratios[1])  # ratio 1 has the head that all plugins agree on
+        head = source.head if source else None
+    inputs = head_inputs(head, manifest.hidden_size) if manifest.shared.head else {}
+    return inputs | (stack(plugin) if plugin else {})
+
+
+def bundle_plugin(bundle: Bundle, ratio: int) -> Plugin | None:
+    """The plugin file of a shared bundle, its hash checked; None for ratio 1."""
+    name = bundle.ratio(ratio).plugin
+    if not name:
+        return None
+    bundle.verify(name)
+    return load_plugin(bundle.path / name)
+
+
+def check_fits(plugin: Plugin, manifest: Manifest, where: str) -> None:
+    """Whether a bundle's shared graph can run a plugin.
+
+    Args:
+        where: What the plugin is called in the error.
+
+    Raises:
+        PluginError: If it is for another backbone, damaged, or beyond what the graph was made for.
+    """
+    shared = manifest.shared
+    if shared is None:
+        raise PluginError(
+            f"{where}: the plugins of {manifest.model} are compiled into its graphs (layout {manifest.layout})",
+            valid="a bundle with layout shared",
+            fix="export again with --layout shared",
+        )
+    plugin.check_backbone(manifest.backbone, manifest.model)
+    plugin.check_tensors(where)
+    _check_limit(where, "rank", plugin.config.rank, shared.max_rank)
+    _check_limit(where, "ratio", plugin.config.ratio, shared.max_ratio)
+    if plugin.config.activation != shared.activation:
+        raise PluginError(
+            f"{where} has activation {plugin.config.activation}",
+            valid=f"{shared.activation}, which is built into the shared graph",
+            fix=f"train it with --activation {shared.activation}, or export it into a bundle of its own",
+        )
+    if plugin.head is not None:
+        check_head(plugin.head, manifest, where)
+
+
+def check_head(head: Head, manifest: Manifest, where: str) -> None:
+    """Raise `PluginError` unless the shared graph takes this head."""
+    if manifest.shared is None or not manifest.shared.head:
+        raise PluginError(
+            f"{where} brings a head, and the shared graph of task {manifest.task} takes none",
+            valid="a head on a bundle of task embed",
+        )
+    if head.weight.shape[1] != manifest.hidden_size:
+        raise PluginError(f"{where}: the head reads {head.weight.shape[1]} values", valid=f"{manifest.hidden_size}")
+    _check_limit(where, "number of classes", len(head.bias), manifest.shared.max_classes)
+
+
+def _check_limit(where: str, what: str, found: int, most: int) -> None:
+    if found > most:
+        raise PluginError(
+            f"{where}: {what} {found} is beyond the profile of the shared graph",
+            valid=f"1 to {most}",
+            fix="export a bundle of its own with this plugin, or train a smaller one",
+        )
