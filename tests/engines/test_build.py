@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.conftest import lively
 from variator.bench.run import built_engines
 from variator.engines import build as build_module
 from variator.engines import onnxruntime as onnxruntime_module
@@ -27,6 +28,8 @@ from variator.engines.build import (
 )
 from variator.errors import BundleError, EngineError, GateError, InputError
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.stack import stack
 from variator.toolkit.weights import external_tensors
 
 KINDS = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "int8")]
@@ -41,6 +44,39 @@ def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
 def needs(engine: str) -> None:
     if BACKENDS[engine].missing():
         pytest.skip(f"{engine} is not installed")
+
+
+@pytest.fixture
+def shared_copy(shared_bundle: Bundle, tmp_path: Path) -> Bundle:
+    """A copy of the shared layout, without engines."""
+    return Bundle.open(shutil.copytree(shared_bundle.path, tmp_path / "s", ignore=shutil.ignore_patterns("engines")))
+
+
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_a_shared_engine_is_built_gated_at_every_ratio_and_read_back(
+    shared_copy: Bundle, engine: str, precision: str
+) -> None:
+    needs(engine)
+    built = build(shared_copy, engine, precision)
+    assert set(built.record.max_abs_error) == {"1", "2", "4"}
+    assert {name for name in built.record.files if name.endswith(".onnx")} <= {"ratio-1.onnx", "shared.onnx"}
+    for graph in ("ratio-1.onnx", "shared.onnx"):
+        loaded = load_engine(shared_copy, built, graph)
+        assert loaded.precision == precision
+        loaded.close()
+
+
+def test_the_gate_finds_a_shared_engine_with_the_wrong_plugin(
+    shared_copy: Bundle, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = build_module.inputs_of
+    other = stack(lively(backbone, 4))
+    monkeypatch.setattr(
+        build_module, "inputs_of", lambda b, ratio, head: real(b, ratio, head) | (other if ratio == 4 else {})
+    )
+    with pytest.raises(GateError, match="ratio 4"):
+        build(shared_copy, "onnxruntime", "fp32")
+    assert not list((shared_copy.path / "engines").glob("*-*-*"))
 
 
 @pytest.mark.parametrize(("engine", "precision"), KINDS)

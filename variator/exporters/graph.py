@@ -129,6 +129,8 @@ def export_shared(backbone: Backbone, profile: SharedProfile, compressed: bool) 
         GateError: As `export_graph`.
     """
     beside = _beside(backbone.config, profile.head, compressed)
+    if not beside:
+        return export_graph(backbone, None)
     module = Shared(backbone.model, [*backbone.inputs, *beside], profile.activation)
     outputs = [*backbone.outputs, *([LOGITS] if profile.head else [])]
     model = trace(module, backbone.inputs, outputs, OPSET, beside)
