@@ -150,6 +150,9 @@ def run(
     bundle: BundleArgument,
     text: Annotated[list[str], typer.Option(help="A text; repeat for several.")],
     ratio: Annotated[int, typer.Option(help="A ratio the bundle holds.")] = 1,
+    plugin: Annotated[
+        Path | None, typer.Option(help="Plugin file or directory instead of the bundle's own (layout shared).")
+    ] = None,
     engine: EngineOption = "auto",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 0,
@@ -157,9 +160,11 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run texts through a built bundle."""
-    from variator.engines.runtime import Runtime
+    from variator.engines.runtime import DEFAULT, Runtime
 
     with Runtime.open(bundle, engine, precision, threads) as runtime:
+        if plugin is not None:
+            runtime.plug(DEFAULT, plugin)
         result = runtime.infer(text, ratio=ratio, truncate=truncate)
         picked = runtime.picked
     if as_json:
@@ -188,6 +193,9 @@ def bench(
     threads: ThreadsOption = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report with plots here.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The same model in the other layout, built: compare speed and memory of both.")
+    ] = None,
     quality: Annotated[bool, typer.Option(help="Measure quality.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure memory.")] = True,
 ) -> None:
@@ -218,6 +226,7 @@ def bench(
         threads,
         quality,
         memory,
+        against,
     )
     with stages() as on_stage:
         record = verb(bundle, settings, _command_line(), on_stage)
@@ -350,6 +359,16 @@ def _show_bundle(path: Path) -> None:
         )
     console.print(table)
     total = sum(file.bytes for file in manifest.files.values())
+    if manifest.shared is not None:
+        console.print(
+            Text(
+                f"layout shared: {', '.join(graph.name for graph in bundle.graphs)}; takes plugins up to rank "
+                f"{manifest.shared.max_rank} with {manifest.shared.activation}"
+                + (f", heads up to {manifest.shared.max_classes} classes" if manifest.shared.head else "")
+            )
+        )
+    else:
+        console.print(Text("layout per-ratio: one graph per ratio, its plugin in it"))
     backbone = manifest.files.get("backbone.data")
     console.print(
         Text(f"{path}: {total / 1e6:.1f} MB, of which the backbone {backbone.bytes / 1e6 if backbone else 0:.1f} MB")

@@ -1,20 +1,27 @@
-"""Memory of resident ratios: the proportional set size of a fresh process that loads them one after another.
+"""Memory of resident ratios and tasks: the proportional set size of a fresh process that loads one after another.
 
-Run as a process of its own by `bench.run`: `python -m variator.bench.memory BUNDLE ENGINE PRECISION BATCH LENGTH`.
+Run as a process of its own by `bench.run`:
+`python -m variator.bench.memory BUNDLE ENGINE PRECISION BATCH LENGTH TASKS`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from variator.bench.record import Memory
-from variator.engines.build import find_built, load_engine
+from variator.engines.base import Feed
+from variator.engines.runtime import DEFAULT, Runtime
 from variator.errors import EngineError
 from variator.exporters.gate import full_feed
-from variator.toolkit.bundle import Bundle
+from variator.toolkit.bundle import SHARED, Bundle
 
 
 def pss_bytes() -> int:
@@ -27,34 +34,63 @@ def pss_bytes() -> int:
     )
 
 
-def measure(bundle: Path, engine: str, precision: str, shape: tuple[int, int]) -> list[Memory]:
+def measure(bundle: Path, engine: str, precision: str, shape: tuple[int, int], tasks: int = 1) -> list[Memory]:
     """Load a built engine's ratios, ascending, in a fresh process, and run each at `shape` (batch, length).
 
+    Args:
+        tasks: How many plugins to hold at the end, each at all ratios. In a shared layout they are plugged in; with
+            per-ratio graphs each is a bundle of its own (a copy).
+
     Returns:
-        One entry per number of resident ratios: bytes added to the process by all of them together.
+        One entry per number of resident ratios, and one per number of tasks: bytes added to the process by all of
+        them together.
     """
-    command = [sys.executable, "-m", "variator.bench.memory", str(bundle), engine, precision, *map(str, shape)]
+    numbers = map(str, (*shape, tasks))
+    command = [sys.executable, "-m", "variator.bench.memory", str(bundle), engine, precision, *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EngineError(f"measuring memory failed: {done.stderr.strip().splitlines()[-1:]}", fix=" ".join(command))
     return [Memory(**entry) for entry in json.loads(done.stdout)]
 
 
-def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int) -> None:
+def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int, tasks: int) -> None:
     bundle = Bundle.open(bundle_path)
-    built, _ = find_built(bundle, engine, precision)
     feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (batch, length))
-    entries: list[dict[str, object]] = []
-    loaded = []
-    empty = pss_bytes()
-    for ratio in bundle.ratios:
-        loaded.append(load_engine(bundle, built, bundle.ratio(ratio).graph))
-        for _ in range(3):
-            loaded[-1].run(feed)
-        ratios = bundle.ratios[: len(loaded)]
-        entries.append({"engine": engine, "precision": precision, "ratios": ratios, "pss_bytes": pss_bytes() - empty})
-    print(json.dumps(entries))
+    entries: list[Memory] = []
+    with contextlib.ExitStack() as stack:
+        runtime = stack.enter_context(Runtime.open(bundle, engine, precision))
+        empty = pss_bytes()
+
+        def enter(ratios: list[int], task: int) -> None:
+            gc.collect()
+            entries.append(
+                Memory(engine, precision, ratios, pss_bytes() - empty, layout=bundle.manifest.layout, tasks=task)
+            )
+
+        for count, ratio in enumerate(bundle.ratios, 1):
+            _run(runtime, ratio, DEFAULT, feed)
+            enter(bundle.ratios[:count], 1)
+        for task in range(2, tasks + 1):
+            name = f"task-{task}"
+            if bundle.manifest.layout == SHARED:
+                runtime.plug(name, bundle.path)
+                for ratio in bundle.ratios:
+                    _run(runtime, ratio, name, feed)
+            else:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=bundle.path.parent)))
+                other = shutil.copytree(bundle.path, scratch / name)
+                another = stack.enter_context(Runtime.open(other, engine, precision))
+                for ratio in bundle.ratios:
+                    _run(another, ratio, DEFAULT, feed)
+            enter(bundle.ratios, task)
+    print(json.dumps([asdict(entry) for entry in entries]))
+
+
+def _run(runtime: Runtime, ratio: int, plugin: str, feed: Feed) -> None:
+    engine = runtime.load(ratio, plugin)
+    for _ in range(3):
+        engine.run(feed)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    _main(sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))

@@ -338,7 +338,12 @@ def _flops_plot(record: Record) -> Plot | None:
 def _size_plot(record: Record) -> Plot | None:
     drawings = []
     held = table.footprints(record)
-    further = [(f"{row.engine} {row.precision}", row.further) for row in held if row.further is not None]
+    several = len({row.layout for row in held}) > 1
+    further = [
+        (f"{row.engine} {row.precision}" + f" {row.layout}" * several, row.further)
+        for row in held
+        if row.further is not None
+    ]
     if further:
         drawings.append(_bars("Memory per further ratio", further))
     if record.disk:

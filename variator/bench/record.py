@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from variator.errors import InputError
+from variator.toolkit.bundle import PER_RATIO
 
 SCHEMA = "variator.bench/1"
 PEER = "peer:"
@@ -121,12 +122,70 @@ class Quality:
 
 @dataclass(frozen=True)
 class Memory:
-    """Proportional set size added by holding these ratios resident in one process, over the empty process."""
+    """Proportional set size added by holding these ratios resident in one process, over the empty process.
+
+    Args:
+        ratios: Of every plugin.
+        layout: Of the bundle, `per-ratio` or `shared`.
+        tasks: Number of plugins (each at all the ratios); with per-ratio graphs, of bundles.
+    """
 
     engine: str
     precision: str
     ratios: list[int]
     pss_bytes: int
+    layout: str = PER_RATIO
+    tasks: int = 1
+
+
+@dataclass(frozen=True)
+class LayoutResult:
+    """Latency of the same ratio in both layouts, timed in turn.
+
+    Args:
+        per_ratio_ms, shared_ms: Medians.
+        relative: Shared over per-ratio; 1.02 is 2 % slower.
+        switched_ms: Median of the shared engine's first run after another ratio's.
+        spread: The larger of both.
+    """
+
+    engine: str
+    precision: str
+    ratio: int
+    batch: int
+    sequence: int
+    per_ratio_ms: float
+    shared_ms: float
+    relative: float
+    switched_ms: float
+    runs: int
+    spread: float
+    stable: bool
+
+
+@dataclass(frozen=True)
+class Plugging:
+    """Time to plug one plugin in from its file, and what requests notice of it; ms.
+
+    Args:
+        idle_p50_ms, idle_p99_ms: While nothing else runs.
+        loaded_p50_ms, loaded_p99_ms: While a client sends request after request.
+        request_p50_ms, request_p99_ms: Of the requests without any plugging.
+        swapped_p50_ms, swapped_p99_ms: Of the requests during it.
+    """
+
+    engine: str
+    precision: str
+    ratio: int
+    file_bytes: int
+    idle_p50_ms: float
+    idle_p99_ms: float
+    loaded_p50_ms: float
+    loaded_p99_ms: float
+    request_p50_ms: float
+    request_p99_ms: float
+    swapped_p50_ms: float
+    swapped_p99_ms: float
 
 
 @dataclass(frozen=True)
@@ -144,6 +203,9 @@ class Record:
     memory: list[Memory]
     disk: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    layout: str = PER_RATIO
+    layouts: list[LayoutResult] = field(default_factory=list)
+    plugging: list[Plugging] = field(default_factory=list)
     schema: str = SCHEMA
 
     def to_json(self) -> str:
@@ -161,8 +223,8 @@ class Record:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise InputError(f"record of schema {data['schema']!r}", valid=SCHEMA, fix="run `variator bench` again")
-            parts = {"plugins": Plugin, "flops": Flops, "results": Result, "quality": Quality, "memory": Memory}
-            lists: dict[str, Any] = {name: [kind(**row) for row in data[name]] for name, kind in parts.items()}
+            rows = {name: data[name] if name not in _LATER else data.get(name, []) for name in _LISTS}
+            lists: dict[str, Any] = {name: [kind(**row) for row in rows[name]] for name, kind in _LISTS.items()}
             return Record(
                 machine=Machine(**data["machine"]),
                 model=Model(**data["model"]),
@@ -170,6 +232,7 @@ class Record:
                 versions=data["versions"],
                 disk=data["disk"],
                 notes=data["notes"],
+                layout=data.get("layout", PER_RATIO),
                 **lists,
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -179,3 +242,16 @@ class Record:
     def load(path: Path) -> Record:
         """Read a record from a file."""
         return Record.from_json(path.read_text(encoding="utf-8"))
+
+
+_LISTS: dict[str, type] = {
+    "plugins": Plugin,
+    "flops": Flops,
+    "results": Result,
+    "quality": Quality,
+    "memory": Memory,
+    "layouts": LayoutResult,
+    "plugging": Plugging,
+}
+_LATER = ("layouts", "plugging")
+"""Lists that older records of this schema do not have."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +14,41 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from variator import machine
-from variator.bench import memory
+from variator.bench import layouts, memory
 from variator.bench.latency import Timing, race
 from variator.bench.quality import Encode, Judge, Pairs, read_pairs
-from variator.bench.record import PEER, Flops, Machine, Memory, Model, Plugin, Quality, Record, Result
+from variator.bench.record import (
+    PEER,
+    Flops,
+    LayoutResult,
+    Machine,
+    Memory,
+    Model,
+    Plugging,
+    Plugin,
+    Quality,
+    Record,
+    Result,
+)
 from variator.engines.base import Feed, Outputs
 from variator.engines.build import BACKENDS, BuiltEngine, find_built
 from variator.engines.runtime import Runtime
 from variator.errors import EngineError, InputError
 from variator.exporters.flops import count_flops
 from variator.exporters.gate import full_feed
-from variator.toolkit.bundle import Bundle
+from variator.toolkit.bundle import SHARED, Bundle
+from variator.toolkit.stack import inputs_of
 
 if TYPE_CHECKING:
     from variator.bench.peers import Peer
 
 QUALITY_BATCH = 32
+
+SHARED_TASKS = 10
+"""Plugins that are held at once when memory per further task is measured in the shared layout."""
+
+PLUGGED_RATIOS = (4,)
+"""Ratios whose plugin is timed when it is plugged in; the others differ only in the size of the file."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,7 @@ class BenchSettings:
         model: Directory or hub id of the checkpoint, for the peers; None leaves them out.
         pairs: STS-B file for Spearman's correlation; None leaves it out.
         threads: Per engine; 0 means all cores.
+        against: The same model in the other layout: speed and memory of both are compared.
     """
 
     engines: tuple[str, ...] = ()
@@ -56,6 +77,7 @@ class BenchSettings:
     threads: int = 0
     quality: bool = True
     memory: bool = True
+    against: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +105,24 @@ def bench(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check(bundle, settings)
     pairs = read_pairs(settings.pairs) if settings.pairs else None
+    against = Bundle.open(settings.against) if settings.against else None
+    if against:
+        layouts.ordered(bundle, against)
     threads = settings.threads or machine.cores()
     built, notes = built_engines(bundle, settings.engines)
     ratios = sorted({1, *(settings.ratios or bundle.ratios)})
     lengths = {length for _, length in settings.shapes}
-    flops = {(ratio, length): count_flops(bundle.graph(ratio), length) for ratio in ratios for length in lengths}
+    flops = {
+        (ratio, length): count_flops(bundle.graph(ratio), length, inputs_of(bundle, ratio))
+        for ratio in ratios
+        for length in lengths
+    }
     results: list[Result] = []
     memories: list[Memory] = []
     if settings.memory:  # first, while nothing else is loaded
-        for engine in built:
-            on_stage(f"memory of {engine.record.backend} {engine.record.precision}")
-            shape = max(settings.shapes, key=lambda s: s[0] * s[1])
-            memories += memory.measure(bundle.path, engine.record.backend, engine.record.precision, shape)
+        for one in (bundle, against):
+            memories += _memory(one, built, settings, against is not None, on_stage) if one else []
+    compared, plugged = _layouts(bundle, against, built, ratios, settings, threads, on_stage)
     peers = _peers(bundle, settings, threads, on_stage)
     with contextlib.ExitStack() as stack:
         runtimes = [
@@ -117,6 +145,9 @@ def bench(
         memory=memories,
         disk=_disk(bundle),
         notes=[*_notes(bundle, settings), *notes, *more],
+        layout=bundle.manifest.layout,
+        layouts=compared,
+        plugging=plugged,
     )
 
 
@@ -155,6 +186,56 @@ def built_engines(bundle: Bundle, names: Sequence[str]) -> tuple[list[BuiltEngin
     if not found:
         raise EngineError(f"no engine is built for {bundle.path}", fix=f"variator build {bundle.path}")
     return found, notes
+
+
+def _memory(
+    bundle: Bundle,
+    built: Sequence[BuiltEngine],
+    settings: BenchSettings,
+    tasks: bool,
+    on_stage: Callable[[str], None],
+) -> list[Memory]:
+    """Memory of one bundle's engines, those of the kinds in `built`; with `tasks` also of further plugins."""
+    count = (SHARED_TASKS if bundle.manifest.layout == SHARED else 2) if tasks else 1
+    shape = max(settings.shapes, key=lambda s: s[0] * s[1])
+    found: list[Memory] = []
+    for backend, name in layouts.pairs(built, built_engines(bundle, settings.engines)[0]):
+        on_stage(f"memory of {backend} {name}, layout {bundle.manifest.layout}")
+        found += memory.measure(bundle.path, backend, name, shape, count)
+    return found
+
+
+def _layouts(
+    bundle: Bundle,
+    against: Bundle | None,
+    built: Sequence[BuiltEngine],
+    ratios: Sequence[int],
+    settings: BenchSettings,
+    threads: int,
+    on_stage: Callable[[str], None],
+) -> tuple[list[LayoutResult], list[Plugging]]:
+    """Speed of both layouts where both are built, and time to plug where one is shared."""
+    compared: list[LayoutResult] = []
+    plugged: list[Plugging] = []
+    shared = next((one for one in (bundle, against) if one and one.manifest.layout == SHARED), None)
+    if shared is None:
+        return compared, plugged
+    kinds = layouts.pairs(built, built_engines(shared, settings.engines)[0])
+    for kind in kinds:
+        on_stage(f"plugging into {' '.join(kind)}")
+        with Runtime.open(shared, *kind, threads) as runtime:
+            plugged += [layouts.plugging(runtime, ratio) for ratio in shared.ratios if ratio in PLUGGED_RATIOS]
+    if against is None:
+        return compared, plugged
+    own, _ = layouts.ordered(bundle, against)
+    shapes = {min(settings.shapes, key=math.prod), max(settings.shapes, key=math.prod)}
+    common = [ratio for ratio in ratios if ratio in against.ratios]
+    for kind in kinds:
+        with Runtime.open(own, *kind, threads) as first, Runtime.open(shared, *kind, threads) as second:
+            for shape in sorted(shapes, key=math.prod):
+                on_stage(f"both layouts in {' '.join(kind)} at {shape[0]} x {shape[1]}")
+                compared += layouts.compare(first, second, common, shape, 2 * settings.runs, settings.budget_s)
+    return compared, plugged
 
 
 def _peers(bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Callable[[str], None]) -> list[Peer]:

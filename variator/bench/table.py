@@ -48,14 +48,27 @@ class Grid:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of one engine and precision, bytes: its first ratio alone, all its ratios, each ratio after the first."""
+    """Memory of one engine, precision and layout, bytes.
+
+    Args:
+        first: Its first ratio alone.
+        all: All its ratios, of one task.
+        further: Each ratio after the first.
+        tasks: Number of tasks that were held, each at all ratios.
+        everything: All of them.
+        further_task: Each task after the first.
+    """
 
     engine: str
     precision: str
+    layout: str
     ratios: tuple[int, ...]
     first: int | None
     all: int
     further: float | None
+    tasks: int
+    everything: int
+    further_task: float | None
 
 
 def show(record: Record, console: Console) -> None:
@@ -93,7 +106,8 @@ def header(record: Record) -> str:
 def grids(record: Record) -> list[Grid]:
     """All tables of the record that have a row; every title is marked where a plugin is untrained."""
     latency = [_latency(record, shape) for shape in shapes(record)]
-    tables = [*latency, _quality(record), _flops(record), _memory(record), _disk(record), _plugins(record)]
+    layouts = [_layouts(record), _plugging(record)]
+    tables = [*latency, _quality(record), _flops(record), *layouts, _memory(record), _disk(record), _plugins(record)]
     return [grid for grid in tables if grid.rows]
 
 
@@ -160,17 +174,33 @@ def main_quality(record: Record) -> dict[Key, Quality]:
 
 
 def footprints(record: Record) -> list[Footprint]:
-    """Memory per engine and precision, from the smallest and the largest set of ratios that were held resident."""
-    groups: dict[tuple[str, str], list[Memory]] = {}
+    """Memory per engine, precision and layout, from the smallest and the largest sets that were held resident."""
+    groups: dict[tuple[str, str, str], list[Memory]] = {}
     for row in record.memory:
-        groups.setdefault((row.engine, row.precision), []).append(row)
+        groups.setdefault((row.engine, row.precision, row.layout), []).append(row)
     found = []
-    for (engine, precision), rows in groups.items():
-        most = max(rows, key=lambda row: len(row.ratios))
-        first = next((row.pss_bytes for row in rows if len(row.ratios) == 1 and row.ratios[0] in most.ratios), None)
+    for (engine, precision, layout), rows in groups.items():
+        one = [row for row in rows if row.tasks == 1]
+        most = max(one, key=lambda row: len(row.ratios))
+        first = next((row.pss_bytes for row in one if len(row.ratios) == 1 and row.ratios[0] in most.ratios), None)
         others = len(most.ratios) - 1
         further = (most.pss_bytes - first) / others if first is not None and others > 0 else None
-        found.append(Footprint(engine, precision, tuple(most.ratios), first, most.pss_bytes, further))
+        last = max(rows, key=lambda row: (row.tasks, len(row.ratios)))
+        task = (last.pss_bytes - most.pss_bytes) / (last.tasks - 1) if last.tasks > 1 else None
+        found.append(
+            Footprint(
+                engine,
+                precision,
+                layout,
+                tuple(most.ratios),
+                first,
+                most.pss_bytes,
+                further,
+                last.tasks,
+                last.pss_bytes,
+                task,
+            )
+        )
     return found
 
 
@@ -357,15 +387,66 @@ def _memory(record: Record) -> Grid:
             (
                 name(row.engine),
                 clean(row.precision),
+                clean(row.layout),
                 ", ".join(map(str, row.ratios)),
-                *(MISSING if figure is None else size(figure) for figure in (row.first, row.further, row.all)),
+                *(_bytes(figure) for figure in (row.first, row.further, row.all, row.further_task)),
+                f"{row.tasks}: {size(row.everything)}" if row.tasks > 1 else MISSING,
             )
         )
         for row in footprints(record)
     ]
-    columns = ("engine", "precision", "ratios", "first ratio", "per further\nratio", "all ratios")
-    note = "Proportional set size over the empty process."
-    return Grid(marked(record, "Memory"), columns, tuple(rows), 3, note)
+    columns = ("engine", "precision", "layout", "ratios", "first\nratio", "per further\nratio", "all\nratios",
+               "per further\ntask", "tasks held")  # fmt: skip
+    note = "Proportional set size over the empty process. A task is a plugin at every ratio, or a per-ratio bundle."
+    return Grid(marked(record, "Memory"), columns, tuple(rows), 4, note)
+
+
+def _bytes(figure: float | None) -> str:
+    return MISSING if figure is None else size(figure)
+
+
+def _layouts(record: Record) -> Grid:
+    rows = [
+        Row(
+            (
+                name(row.engine),
+                clean(row.precision),
+                tokens((row.batch, row.sequence)),
+                str(row.ratio),
+                significant(row.per_ratio_ms),
+                significant(row.shared_ms),
+                decimal(row.relative, 3),
+                significant(row.switched_ms),
+                "stable" if row.stable else "unstable",
+            ),
+            "" if row.stable else "unstable",
+        )
+        for row in record.layouts
+    ]
+    columns = ("engine", "precision", "shape", "ratio", "per-ratio\np50 ms", "shared\np50 ms", "shared /\nper-ratio",
+               "shared, after\na switch ms", "timing")  # fmt: skip
+    note = "Second run of each turn; after a switch: the first, another ratio having run before."
+    return Grid(marked(record, "Layouts: one graph per ratio, or one for all"), columns, tuple(rows), 3, note)
+
+
+def _plugging(record: Record) -> Grid:
+    rows = [
+        Row(
+            (
+                name(row.engine),
+                clean(row.precision),
+                str(row.ratio),
+                size(row.file_bytes),
+                *map(significant, (row.idle_p50_ms, row.idle_p99_ms, row.loaded_p50_ms, row.loaded_p99_ms)),
+                *map(significant, (row.request_p50_ms, row.request_p99_ms, row.swapped_p50_ms, row.swapped_p99_ms)),
+            )
+        )
+        for row in record.plugging
+    ]
+    columns = ("engine", "precision", "ratio", "file", "plug\np50 ms", "p99", "under load\np50 ms", "p99",
+               "request\np50 ms", "p99", "during plugs\np50 ms", "p99")  # fmt: skip
+    note = "From the file to being served. Requests: one client without pause; during plugs another thread plugs."
+    return Grid(marked(record, "Plugging in"), columns, tuple(rows), 2, note)
 
 
 def _disk(record: Record) -> Grid:
@@ -415,11 +496,25 @@ def _gains(row: Result, peer: Result | None, *between: str) -> list[str]:
     return [own[0], times(over_peer(row, peer)), *between, own[1]]
 
 
+def layouts_markdown(record: Record) -> str:
+    """The README's tables of both layouts: speed at each shape, plugging in, and memory; empty without them."""
+    grids = [_layouts(record), _plugging(record), _memory(record)] if record.layouts else []
+    parts = []
+    for grid in grids:
+        lines = [[column.replace("\n", " ") for column in grid.columns]]
+        lines.append(["---"] * grid.labels + ["---:"] * (len(grid.columns) - grid.labels))
+        lines += [[_markdown_escape(cell) for cell in row.cells] for row in grid.rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"{_markdown_escape(grid.title)}:\n\n{text}\n\n{_markdown_escape(grid.note)}\n")
+    return "\n".join(parts)
+
+
 def _markdown_escape(text: str) -> str:
     return "".join(f"\\{letter}" if letter in "\\|<`[*_" else letter for letter in clean(text))
 
 
-if __name__ == "__main__":  # python -m variator.bench.table RECORD.json: the table as the README has it
+if __name__ == "__main__":  # python -m variator.bench.table RECORD.json: the tables as the README has them
     from pathlib import Path
 
-    print(markdown(Record.load(Path(sys.argv[1]))), end="")
+    loaded = Record.load(Path(sys.argv[1]))
+    print(markdown(loaded), layouts_markdown(loaded), sep="\n", end="")

@@ -58,7 +58,7 @@ def stack(plugin: Plugin) -> Inputs:
     for name in PLUGIN_INPUTS:
         _, site, operand = name.split(".", 2)
         with np.errstate(over="ignore"):
-            inputs[name] = np.stack([layer[site][operand] for layer in layers]).astype(np.float16)
+            inputs[name] = np.stack([layer[site][operand] for layer in layers]).astype(np.float16, order="C")
         if not np.isfinite(inputs[name]).all():
             raise PluginError(
                 f"{operand!r} of the ratio-{plugin.config.ratio} plugin is not finite in fp16",

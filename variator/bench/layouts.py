@@ -1,0 +1,149 @@
+"""The two layouts against each other: what the shared graph costs in speed, and how fast a plugin goes live.
+
+Called by `bench.run` for a bundle and its counterpart in the other layout; memory of both is in `bench.memory`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from variator.bench.latency import SETTLE_S, Timing, summarise
+from variator.bench.record import LayoutResult, Plugging
+from variator.engines.base import Engine, Feed
+from variator.engines.build import BuiltEngine
+from variator.engines.runtime import Runtime
+from variator.errors import InputError
+from variator.exporters.gate import full_feed
+from variator.toolkit.bundle import SHARED, Bundle
+
+IDLE_PLUGS, LOADED_PLUGS = 50, 200
+REQUEST = 4
+"""Rows of the requests that run while plugins are swapped, of 64 tokens (or the model's limit)."""
+
+
+def ordered(bundle: Bundle, against: Bundle) -> tuple[Bundle, Bundle]:
+    """The per-ratio bundle and the shared one.
+
+    Raises:
+        InputError: If they are not the same model in the two layouts.
+    """
+    if bundle.manifest.layout == against.manifest.layout:
+        raise InputError(
+            f"{bundle.path} and {against.path} both have layout {bundle.manifest.layout}",
+            valid="one of each layout",
+            fix=f"export {bundle.manifest.model} again with the other --layout",
+        )
+    if (bundle.manifest.backbone, bundle.manifest.task) != (against.manifest.backbone, against.manifest.task):
+        raise InputError(
+            f"{against.path} holds another model than {bundle.path}",
+            valid=f"{bundle.manifest.model}, task {bundle.manifest.task}",
+        )
+    return (against, bundle) if bundle.manifest.layout == SHARED else (bundle, against)
+
+
+def compare(
+    per_ratio: Runtime, shared: Runtime, ratios: Sequence[int], shape: tuple[int, int], runs: int, budget_s: float
+) -> list[LayoutResult]:
+    """Time both layouts in turn at one shape (batch, length).
+
+    Every turn runs twice. The second run is compared: the same shape as just before, for both. The first one tells what
+    a switch costs, because the shared engine last ran another ratio.
+    """
+    manifest = shared.bundle.manifest
+    feed = full_feed(manifest.inputs, manifest.vocabulary, shape)
+    engines = {(runtime, ratio): runtime.load(ratio) for ratio in ratios for runtime in (per_ratio, shared)}
+    first, second = _twice(engines, feed, runs, budget_s)
+    results = []
+    for ratio in ratios:
+        own, other = second[per_ratio, ratio], second[shared, ratio]
+        results.append(
+            LayoutResult(
+                engine=shared.engine,
+                precision=engines[shared, ratio].precision,
+                ratio=ratio,
+                batch=shape[0],
+                sequence=shape[1],
+                per_ratio_ms=round(own.p50_ms, 3),
+                shared_ms=round(other.p50_ms, 3),
+                relative=round(other.p50_ms / own.p50_ms, 4),
+                switched_ms=round(first[shared, ratio].p50_ms, 3),
+                runs=other.runs,
+                spread=round(max(own.spread, other.spread), 3),
+                stable=own.stable and other.stable,
+            )
+        )
+    return results
+
+
+Key = tuple[Runtime, int]
+
+
+def _twice(
+    engines: Mapping[Key, Engine], feed: Feed, runs: int, budget_s: float
+) -> tuple[dict[Key, Timing], dict[Key, Timing]]:
+    """Timings of the first and of the second run of each turn; the order of a round is drawn anew."""
+    times: dict[Key, tuple[list[float], list[float]]] = {key: ([], []) for key in engines}
+    rng, keys = np.random.default_rng(0), list(engines)
+    until = time.perf_counter() + budget_s
+    for done in range(runs + 1):
+        for index in rng.permutation(len(keys)):
+            for position in range(2):
+                time.sleep(SETTLE_S)
+                taken = _timed(lambda index=index: engines[keys[index]].run(feed))  # type: ignore[misc]
+                if done:  # the first round warms up
+                    times[keys[index]][position].append(taken)
+        if done >= 5 and time.perf_counter() > until:
+            break
+    return tuple({key: summarise(values[position]) for key, values in times.items()} for position in range(2))  # type: ignore[return-value]
+
+
+def _timed(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return (time.perf_counter() - started) * 1e3
+
+
+def plugging(runtime: Runtime, ratio: int) -> Plugging:
+    """Plug the bundle's own plugin of a ratio in from its file: idle, and again and again while requests run."""
+    manifest = runtime.bundle.manifest
+    file = runtime.bundle.path / manifest.ratios[ratio].plugin
+    length = min(64, manifest.max_length)
+    request = [[1] * length] * REQUEST
+    runtime.plug("bench", file)
+    runtime.infer(request, ratio=ratio, plugin="bench")
+    idle = [_timed(lambda: runtime.plug("bench", file)) for _ in range(IDLE_PLUGS)]
+    quiet = [_timed(lambda: runtime.infer(request, ratio=ratio, plugin="bench")) for _ in range(LOADED_PLUGS)]
+    done, busy = threading.Event(), list[float]()
+
+    def client() -> None:
+        while not done.is_set():
+            busy.append(_timed(lambda: runtime.infer(request, ratio=ratio, plugin="bench")))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    try:
+        loaded = [_timed(lambda: runtime.plug("bench", file)) for _ in range(LOADED_PLUGS)]
+    finally:
+        done.set()
+        thread.join()
+    precision = runtime.load(ratio, "bench").precision
+    runtime.unplug("bench")
+    return Plugging(
+        runtime.engine,
+        precision,
+        ratio,
+        file.stat().st_size,
+        *(round(float(value), 3) for times in (idle, loaded) for value in np.percentile(times, (50, 99))),
+        *(round(float(value), 3) for times in (quiet, busy) for value in np.percentile(times, (50, 99))),
+    )
+
+
+def pairs(ours: Sequence[BuiltEngine], theirs: Sequence[BuiltEngine]) -> list[tuple[str, str]]:
+    """Backends and precisions that are built in both layouts."""
+    others = {(built.record.backend, built.record.precision) for built in theirs}
+    own = [(built.record.backend, built.record.precision) for built in ours]
+    return [kind for kind in own if kind in others]
