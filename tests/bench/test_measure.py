@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -15,9 +16,11 @@ from variator.bench.memory import measure
 from variator.bench.quality import Judge, Pairs, cosines, read_pairs, sentences
 from variator.bench.record import Record
 from variator.bench.run import BenchSettings, bench
+from variator.bench.table import grids, layouts_markdown
 from variator.engines.base import Outputs
 from variator.engines.build import build
 from variator.errors import CorpusError, EngineError, InputError
+from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
 from variator.toolkit.bundle import Bundle
 
@@ -159,3 +162,61 @@ def test_nothing_built_is_an_error_with_its_fix(bundle: Bundle, tmp_path: Path) 
     copy = shutil.copytree(bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("engines"))
     with pytest.raises(EngineError, match="variator build"):
         bench(copy, BenchSettings(shapes=((1, 8),)))
+
+
+@pytest.fixture(scope="module")
+def record_of_both(built: Bundle, shared_bundle: Bundle) -> Record:
+    """Both layouts of the tiny model measured against each other."""
+    settings = BenchSettings(
+        engines=("onnxruntime",), shapes=((1, 8), (2, 16)), runs=5, quality=False, against=shared_bundle.path
+    )
+    return bench(built, settings, "variator bench …")
+
+
+def test_both_layouts_are_timed_at_every_ratio(record_of_both: Record) -> None:
+    rows = {(row.engine, row.precision, row.ratio, row.batch, row.sequence) for row in record_of_both.layouts}
+    assert rows == {("onnxruntime", "fp32", ratio, *shape) for ratio in (1, 2, 4) for shape in ((1, 8), (2, 16))}
+    for row in record_of_both.layouts:
+        assert row.relative == pytest.approx(row.shared_ms / row.per_ratio_ms, abs=0.02) and row.runs >= 5
+        assert row.switched_ms > 0
+    assert Record.from_json(record_of_both.to_json()) == record_of_both
+
+
+def test_a_further_task_is_a_plugin_in_one_layout_and_a_bundle_in_the_other(record_of_both: Record) -> None:
+    held = {(row.layout, tuple(row.ratios), row.tasks) for row in record_of_both.memory}
+    counts = [(1,), (1, 2), (1, 2, 4)]
+    assert held >= {(layout, ratios, 1) for layout in ("per-ratio", "shared") for ratios in counts}
+    assert ("per-ratio", (1, 2, 4), 2) in held and ("shared", (1, 2, 4), 10) in held
+
+
+def test_plugging_is_timed_idle_and_under_load(record_of_both: Record) -> None:
+    (row,) = record_of_both.plugging
+    assert (row.engine, row.ratio) == ("onnxruntime", 4) and row.file_bytes > 1000
+    assert 0 < row.idle_p50_ms <= row.idle_p99_ms and 0 < row.loaded_p50_ms <= row.loaded_p99_ms
+    assert 0 < row.request_p50_ms <= row.request_p99_ms and row.swapped_p99_ms > 0
+
+
+def test_layouts_are_printed_for_terminal_and_readme(record_of_both: Record) -> None:
+    text = layouts_markdown(record_of_both)
+    assert text.count("\n| onnxruntime | fp32 | ") == 6 + 1 + 2
+    titles = {grid.title.split(":")[0].split(" [")[0] for grid in grids(record_of_both)}
+    assert {"Layouts", "Plugging in", "Memory"} <= titles
+
+
+def test_only_the_two_layouts_of_one_model_are_compared(
+    built: Bundle, shared_bundle: Bundle, toy: Path, tmp_path: Path
+) -> None:
+    settings = BenchSettings(shapes=((1, 8),), runs=5)
+    with pytest.raises(InputError, match=r"both have layout per-ratio(.|\n)*--layout"):
+        bench(built, dataclasses.replace(settings, against=built.path))
+    other = export(str(toy), tmp_path / "other", ExportSettings((), layout="shared"))
+    with pytest.raises(InputError, match="another model"):
+        bench(built, dataclasses.replace(settings, against=other.path))
+
+
+def test_a_shared_bundle_alone_is_benchmarked_like_any(shared_bundle: Bundle) -> None:
+    settings = BenchSettings(engines=("onnxruntime",), shapes=((1, 8),), runs=5, memory=False)
+    record = bench(shared_bundle, settings)
+    assert record.layout == "shared" and {row.ratio for row in record.results} == {1, 2, 4}
+    assert [row.value for row in record.quality if row.ratio == 1] == [pytest.approx(1.0)]
+    assert record.layouts == [] and len(record.plugging) == 1

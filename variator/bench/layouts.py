@@ -142,8 +142,12 @@ def plugging(runtime: Runtime, ratio: int) -> Plugging:
     )
 
 
+def kind_of(built: BuiltEngine) -> tuple[str, str]:
+    """Backend and precision of an engine."""
+    return built.record.backend, built.record.precision
+
+
 def pairs(ours: Sequence[BuiltEngine], theirs: Sequence[BuiltEngine]) -> list[tuple[str, str]]:
     """Backends and precisions that are built in both layouts."""
-    others = {(built.record.backend, built.record.precision) for built in theirs}
-    own = [(built.record.backend, built.record.precision) for built in ours]
-    return [kind for kind in own if kind in others]
+    others = {kind_of(built) for built in theirs}
+    return [kind_of(built) for built in ours if kind_of(built) in others]

@@ -47,8 +47,8 @@ QUALITY_BATCH = 32
 SHARED_TASKS = 10
 """Plugins that are held at once when memory per further task is measured in the shared layout."""
 
-PLUGGED_RATIOS = (4,)
-"""Ratios whose plugin is timed when it is plugged in; the others differ only in the size of the file."""
+PLUGGED_RATIO = 4
+"""Ratio whose plugin is timed when it is plugged in, where there is one; others differ only in the size of the file."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,6 @@ def bench(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check(bundle, settings)
     pairs = read_pairs(settings.pairs) if settings.pairs else None
-    against = Bundle.open(settings.against) if settings.against else None
-    if against:
-        layouts.ordered(bundle, against)
     threads = settings.threads or machine.cores()
     built, notes = built_engines(bundle, settings.engines)
     ratios = sorted({1, *(settings.ratios or bundle.ratios)})
@@ -118,11 +115,8 @@ def bench(
         for length in lengths
     }
     results: list[Result] = []
-    memories: list[Memory] = []
-    if settings.memory:  # first, while nothing else is loaded
-        for one in (bundle, against):
-            memories += _memory(one, built, settings, against is not None, on_stage) if one else []
-    compared, plugged = _layouts(bundle, against, built, ratios, settings, threads, on_stage)
+    # Before anything else is loaded into this process: it would share the pages that are counted.
+    memories, compared, plugged = _both_layouts(bundle, built, ratios, settings, threads, on_stage)
     peers = _peers(bundle, settings, threads, on_stage)
     with contextlib.ExitStack() as stack:
         runtimes = [
@@ -188,54 +182,79 @@ def built_engines(bundle: Bundle, names: Sequence[str]) -> tuple[list[BuiltEngin
     return found, notes
 
 
-def _memory(
+def _both_layouts(
     bundle: Bundle,
-    built: Sequence[BuiltEngine],
-    settings: BenchSettings,
-    tasks: bool,
-    on_stage: Callable[[str], None],
-) -> list[Memory]:
-    """Memory of one bundle's engines, those of the kinds in `built`; with `tasks` also of further plugins."""
-    count = (SHARED_TASKS if bundle.manifest.layout == SHARED else 2) if tasks else 1
-    shape = max(settings.shapes, key=lambda s: s[0] * s[1])
-    found: list[Memory] = []
-    for backend, name in layouts.pairs(built, built_engines(bundle, settings.engines)[0]):
-        on_stage(f"memory of {backend} {name}, layout {bundle.manifest.layout}")
-        found += memory.measure(bundle.path, backend, name, shape, count)
-    return found
-
-
-def _layouts(
-    bundle: Bundle,
-    against: Bundle | None,
     built: Sequence[BuiltEngine],
     ratios: Sequence[int],
     settings: BenchSettings,
     threads: int,
     on_stage: Callable[[str], None],
-) -> tuple[list[LayoutResult], list[Plugging]]:
-    """Speed of both layouts where both are built, and time to plug where one is shared."""
-    compared: list[LayoutResult] = []
-    plugged: list[Plugging] = []
-    shared = next((one for one in (bundle, against) if one and one.manifest.layout == SHARED), None)
-    if shared is None:
-        return compared, plugged
-    kinds = layouts.pairs(built, built_engines(shared, settings.engines)[0])
+) -> tuple[list[Memory], list[LayoutResult], list[Plugging]]:
+    """Memory, and what there is to say about layouts: with `against` of both, else of the bundle's own."""
+    own = [layouts.kind_of(engine) for engine in built]
+    if settings.against is None:
+        memories = _memory(bundle, own, [], settings, on_stage)
+        plugged = _plugging(bundle, own, threads, on_stage) if bundle.manifest.layout == SHARED else []
+        return memories, [], plugged
+    against = Bundle.open(settings.against)
+    per_ratio, shared = layouts.ordered(bundle, against)
+    kinds = layouts.pairs(built, built_engines(against, settings.engines)[0])
+    memories = _memory(bundle, own, kinds, settings, on_stage) + _memory(against, kinds, kinds, settings, on_stage)
+    compared = _layouts(per_ratio, shared, kinds, ratios, settings, threads, on_stage)
+    return memories, compared, _plugging(shared, kinds, threads, on_stage)
+
+
+def _memory(
+    bundle: Bundle,
+    kinds: Sequence[tuple[str, str]],
+    with_tasks: Sequence[tuple[str, str]],
+    settings: BenchSettings,
+    on_stage: Callable[[str], None],
+) -> list[Memory]:
+    """Memory of one bundle's engines of these kinds; for those in `with_tasks` also of further plugins."""
+    if not settings.memory:
+        return []
+    shape = max(settings.shapes, key=math.prod)
+    found: list[Memory] = []
     for kind in kinds:
+        on_stage(f"memory of {' '.join(kind)}, layout {bundle.manifest.layout}")
+        tasks = (SHARED_TASKS if bundle.manifest.layout == SHARED else 2) if kind in with_tasks else 1
+        found += memory.measure(bundle.path, *kind, shape, tasks)
+    return found
+
+
+def _plugging(
+    shared: Bundle, kinds: Sequence[tuple[str, str]], threads: int, on_stage: Callable[[str], None]
+) -> list[Plugging]:
+    """Time to plug in, per engine."""
+    found = []
+    ratio = PLUGGED_RATIO if PLUGGED_RATIO in shared.ratios else shared.ratios[-1]
+    for kind in kinds if ratio > 1 else ():
         on_stage(f"plugging into {' '.join(kind)}")
         with Runtime.open(shared, *kind, threads) as runtime:
-            plugged += [layouts.plugging(runtime, ratio) for ratio in shared.ratios if ratio in PLUGGED_RATIOS]
-    if against is None:
-        return compared, plugged
-    own, _ = layouts.ordered(bundle, against)
+            found.append(layouts.plugging(runtime, ratio))
+    return found
+
+
+def _layouts(
+    per_ratio: Bundle,
+    shared: Bundle,
+    kinds: Sequence[tuple[str, str]],
+    ratios: Sequence[int],
+    settings: BenchSettings,
+    threads: int,
+    on_stage: Callable[[str], None],
+) -> list[LayoutResult]:
+    """Speed of both layouts at the smallest and the largest shape."""
+    found: list[LayoutResult] = []
+    common = [ratio for ratio in ratios if ratio in per_ratio.ratios and ratio in shared.ratios]
     shapes = {min(settings.shapes, key=math.prod), max(settings.shapes, key=math.prod)}
-    common = [ratio for ratio in ratios if ratio in against.ratios]
     for kind in kinds:
-        with Runtime.open(own, *kind, threads) as first, Runtime.open(shared, *kind, threads) as second:
+        with Runtime.open(per_ratio, *kind, threads) as first, Runtime.open(shared, *kind, threads) as second:
             for shape in sorted(shapes, key=math.prod):
                 on_stage(f"both layouts in {' '.join(kind)} at {shape[0]} x {shape[1]}")
-                compared += layouts.compare(first, second, common, shape, 2 * settings.runs, settings.budget_s)
-    return compared, plugged
+                found += layouts.compare(first, second, common, shape, 2 * settings.runs, settings.budget_s)
+    return found
 
 
 def _peers(bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Callable[[str], None]) -> list[Peer]:
