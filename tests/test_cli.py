@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import lively
 from variator.bench.record import Record
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.plugin_file import save_plugin
 
 
 def variator(*arguments: object, debug: bool = False) -> subprocess.CompletedProcess[str]:
@@ -70,6 +73,32 @@ def test_the_whole_way_from_a_checkpoint_to_a_report(checkpoint: Path, tmp_path:
     table = succeed("bench", bundle, "--shapes", "1x8", "--runs", 5, "--json", files[0], "--html", files[1])
     assert "onnxruntime" in table and Record.load(files[0]).model.id == "tiny"
     assert "<svg" in files[1].read_text()
+
+
+def test_the_shared_layout_and_a_plugin_from_a_file(
+    checkpoint: Path, backbone: Backbone, bundle: Bundle, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    plugin = save_plugin(lively(backbone, 8, classes=3), tmp_path / "plugins")
+    command = ("export", checkpoint, "--ratio", 2, "--ratio", 4, "--untrained", "--rank", 4, "--layout", "shared")
+    assert "layout shared: ratio-1.onnx, shared.onnx" in succeed(*command, "-o", shared)
+    assert "layout per-ratio" in succeed("inspect", bundle.path)
+    succeed("build", shared, "--engine", "onnxruntime")
+    request = ("run", shared, "--text", "w1 w2", "--ratio", 8)
+    result = json.loads(succeed(*request, "--plugin", plugin, "--json"))
+    assert result["ratio"] == 8 and {name: len(rows[0]) for name, rows in result["outputs"].items()} == {
+        "embedding": 32,
+        "logits": 3,
+    }
+    for arguments, message in (
+        (request, "ratio 8 is not in"),
+        ((*request[:-1], 4, "--plugin", plugin), "'default' has no ratio 4"),
+        ((*request, "--plugin", shared / "gate.safetensors"), "not a plugin"),
+        ((*command[:-1], "both", "-o", tmp_path / "no"), "unknown layout 'both'"),
+        (("bench", shared, "--against", shared), "both have layout shared"),
+    ):
+        done = variator(*arguments)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_untrained_work_is_marked_everywhere(checkpoint: Path, tmp_path: Path) -> None:

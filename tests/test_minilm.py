@@ -75,10 +75,13 @@ def test_the_shipped_plugins_keep_the_order_of_similarities(minilm: Backbone, ra
 
 def test_the_figures_of_the_readme_are_those_of_the_records() -> None:
     from variator.bench.record import Record
-    from variator.bench.table import markdown
+    from variator.bench.table import layouts_markdown, markdown
 
     root = Path(__file__).parents[1]
     readme = (root / "README.md").read_text(encoding="utf-8")
     for path in sorted((root / "results").glob("*.json")):
-        assert json.loads(path.read_text(encoding="utf-8"))["schema"] == "variator.bench/1"
-        assert markdown(Record.load(path)) in readme, f"python -m variator.bench.table {path}"
+        if json.loads(path.read_text(encoding="utf-8"))["schema"] != "variator.bench/1":
+            continue
+        record = Record.load(path)
+        for text in (markdown(record), layouts_markdown(record)):
+            assert text in readme, f"python -m variator.bench.table {path}"

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from variator.engines.build import build
+from variator.toolkit.bundle import Bundle
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_ways_to_serve_a_shared_bundle_all_give_the_right_answers(
+    bundle: Bundle, shared_bundle: Bundle, tmp_path: Path
+) -> None:
+    own = shutil.copytree(bundle.path, tmp_path / "own")
+    build(own, "onnxruntime", "fp32")
+    script = [sys.executable, str(ROOT / "tools" / "shared_choices.py"), str(own), str(shared_bundle.path)]
+    subprocess.run([*script, "4", "2x13", str(tmp_path / "out.json")], check=True, cwd=ROOT)  # it compares the answers
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    ways = {"per-ratio", "own graph beside", "neutral plugin", "If around sites", "If around graphs"}
+    assert {row["way"] for row in rows if row["ratio"] == 1} == ways
+    assert {row["way"] for row in rows if row["ratio"] == 4} == ways | {"adapter file"}
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:

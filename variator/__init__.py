@@ -21,7 +21,11 @@ _HOMES = {
     "TrainSettings": "variator.toolkit.train",
     "load_backbone": "variator.toolkit.checkpoint",
     "read_corpus": "variator.toolkit.corpus",
-    "PluginConfig": "variator.toolkit.plugin",
+    "PluginConfig": "variator.toolkit.plugin_format",
+    "Plugin": "variator.toolkit.plugin_file",
+    "Head": "variator.toolkit.plugin_file",
+    "load_plugin": "variator.toolkit.plugin_file",
+    "save_plugin": "variator.toolkit.plugin_file",
     "Bundle": "variator.toolkit.bundle",
     "VariatorError": "variator.errors",
 }

@@ -80,7 +80,7 @@ def stages() -> Iterator[Callable[[str], None]]:
         yield lambda stage: status.update(stage)
 
 
-@app.command(short_help="One ONNX graph per ratio, checked against PyTorch.")
+@app.command(short_help="ONNX graphs over one backbone, checked against PyTorch.")
 def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory.")],
@@ -100,7 +100,7 @@ def export(
     ] = "per-ratio",
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model at ratio 1 and others: one ONNX graph each over one backbone, checked against PyTorch."""
+    """Export a model at ratio 1 and others: ONNX graphs over one backbone, each checked against PyTorch."""
     from variator.exporters.export import ExportSettings
     from variator.exporters.export import export as verb
 
@@ -149,7 +149,7 @@ def build(
 def run(
     bundle: BundleArgument,
     text: Annotated[list[str], typer.Option(help="A text; repeat for several.")],
-    ratio: Annotated[int, typer.Option(help="A ratio the bundle holds.")] = 1,
+    ratio: Annotated[int, typer.Option(help="A ratio that the plugin has.")] = 1,
     plugin: Annotated[
         Path | None, typer.Option(help="Plugin file or directory instead of the bundle's own (layout shared).")
     ] = None,

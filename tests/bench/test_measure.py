@@ -23,6 +23,7 @@ from variator.errors import CorpusError, EngineError, InputError
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.checkpoint import Backbone
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,19 @@ def test_only_the_two_layouts_of_one_model_are_compared(
     other = export(str(toy), tmp_path / "other", ExportSettings((), layout="shared"))
     with pytest.raises(InputError, match="another model"):
         bench(built, dataclasses.replace(settings, against=other.path))
+
+
+def test_bundles_with_other_plugins_or_engines_are_not_compared(
+    built: Bundle, shared_bundle: Bundle, backbone: Backbone, tmp_path: Path
+) -> None:
+    settings = BenchSettings(shapes=((1, 8),), runs=5, memory=False)
+    wide = export(backbone, tmp_path / "wide", ExportSettings((4,), untrained=True, rank=32, layout="shared"))
+    with pytest.raises(InputError, match="plugins of ratio 4 in .* differ"):
+        bench(built, dataclasses.replace(settings, against=wide.path))
+    copy = shutil.copytree(shared_bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("engines"))
+    build(copy, "onnxruntime", "int8")
+    with pytest.raises(InputError, match=r"no engine is built in both(.|\n)*--engine onnxruntime --precision fp32"):
+        bench(built, dataclasses.replace(settings, against=copy))
 
 
 def test_a_shared_bundle_alone_is_benchmarked_like_any(shared_bundle: Bundle) -> None:

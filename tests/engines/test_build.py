@@ -59,7 +59,9 @@ def test_a_shared_engine_is_built_gated_at_every_ratio_and_read_back(
     needs(engine)
     built = build(shared_copy, engine, precision)
     assert set(built.record.max_abs_error) == {"1", "2", "4"}
-    assert {name for name in built.record.files if name.endswith(".onnx")} <= {"ratio-1.onnx", "shared.onnx"}
+    if built.record.files:  # openvino compiles fp32 from the bundle's own graphs
+        assert {name for name in built.record.files if name.endswith(".onnx")} == {"ratio-1.onnx", "shared.onnx"}
+    assert bool(built.record.files) == ((engine, precision) != ("openvino", "fp32"))
     for graph in ("ratio-1.onnx", "shared.onnx"):
         loaded = load_engine(shared_copy, built, graph)
         assert loaded.precision == precision

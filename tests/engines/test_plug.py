@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from tests.conftest import lively, random_head
-from variator.engines.build import BACKENDS, build
+from variator.engines import runtime as runtime_module
+from variator.engines.build import BACKENDS, build, find_built, load_engine
 from variator.engines.runtime import DEFAULT, Runtime
 from variator.errors import BundleError, EngineError, InputError, PluginError
 from variator.exporters.graph import Compressed
@@ -235,6 +236,8 @@ def changed(plugin: Plugin, name: str, value: float | None) -> Plugin:
     ("damage", "message"),
     [
         (lambda p: replace(p, backbone="0" * 64), r"another backbone(.|\n)*fingerprint"),
+        (lambda p: replace(p, layers=1), r"another backbone(.|\n)*1 layers of 32(.|\n)*2 layers of 32"),
+        (lambda p: replace(p, hidden_size=16), r"another backbone(.|\n)*2 layers of 16"),
         (lambda p: changed(p, "layers.1.ffn.up.bias", None), "'layers.1.ffn.up.bias' is missing"),
         (lambda p: changed(p, "layers.0.ffn.score.weight", float("nan")), r"layers.0.ffn.score.weight.*NaN"),
         (lambda p: changed(p, "layers.0.ffn.up.weight", float("inf")), "infinity"),
@@ -328,3 +331,82 @@ def test_a_closed_runtime_plugs_nothing(shared_bundle: Bundle, backbone: Backbon
     ):
         with pytest.raises(EngineError, match="closed"):
             call()
+
+
+def test_what_a_plugin_holds_is_set_once_and_not_per_request(
+    runtime: Runtime, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+    import openvino
+
+    runtime.plug("task", lively(backbone, 4, classes=3))
+    embed(runtime, 4, "task")
+    moved: list[str] = []
+    real = onnxruntime.OrtValue.ortvalue_from_numpy
+    monkeypatch.setattr(
+        onnxruntime.OrtValue, "ortvalue_from_numpy", lambda array: (moved.append(array.dtype.name), real(array))[1]
+    )
+    monkeypatch.setattr(openvino, "Tensor", lambda *_: pytest.fail("a tensor was made"))
+    for _ in range(3):
+        embed(runtime, 4, "task")
+    assert set(moved) <= {"int64"}  # the tokens
+
+
+def test_a_head_is_copied_when_it_is_plugged_in(runtime: Runtime, shared_bundle: Bundle) -> None:
+    head = random_head(32, 1)
+    runtime.plug("task", shared_bundle.path, head=head)
+    before = runtime.infer(TEXTS, ratio=4, plugin="task").outputs["logits"]
+    head.weight[:], head.bias[:] = 7, 7
+    np.testing.assert_array_equal(runtime.infer(TEXTS, ratio=4, plugin="task").outputs["logits"], before)
+
+
+def test_closing_while_a_ratio_is_made_ready_is_an_ordinary_error(
+    shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, closed = threading.Event(), threading.Event()
+    real = runtime_module.inputs_of
+
+    def slow(*arguments: object) -> object:
+        reading.set()
+        assert closed.wait(10)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runtime_module, "inputs_of", slow)
+    with ThreadPoolExecutor(1) as pool:
+        with Runtime.open(shared_bundle, "onnxruntime") as runtime:
+            request = pool.submit(embed, runtime, 4)
+            assert reading.wait(10)
+        closed.set()
+        with pytest.raises(EngineError, match="closed"):
+            request.result(10)
+
+
+def test_after_the_default_is_replaced_errors_list_what_it_has_now(runtime: Runtime, backbone: Backbone) -> None:
+    runtime.plug(DEFAULT, lively(backbone, 16))
+    with pytest.raises(InputError, match=r"'default' has no ratio 8(.|\n)*valid: 1, 16"):
+        embed(runtime, 8)
+
+
+def test_a_file_under_another_ratios_name_is_refused(runtime: Runtime, backbone: Backbone, tmp_path: Path) -> None:
+    save_plugin(lively(backbone, 4), tmp_path).rename(tmp_path / "ratio-2.safetensors")
+    with pytest.raises(PluginError, match=r"holds a plugin of ratio 4(.|\n)*ratio-4.safetensors"):
+        runtime.plug("task", tmp_path)
+
+
+def test_the_bundles_own_plugins_are_checked_like_others(shared_bundle: Bundle, tmp_path: Path) -> None:
+    copy = shutil.copytree(shared_bundle.path, tmp_path / "copy")
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["ratios"]["4"]["plugin"] = "ratio-2.safetensors"
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with Runtime.open(copy, "onnxruntime") as runtime, pytest.raises(PluginError, match="holds ratio 2"):
+        embed(runtime, 4)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_graph_without_its_plugin_is_an_error_and_not_a_crash(shared_bundle: Bundle, engine: str) -> None:
+    if BACKENDS[engine].missing():
+        pytest.skip(f"{engine} is not installed")
+    built, _ = find_built(shared_bundle, engine, "fp32")
+    loaded = load_engine(shared_bundle, built, "shared.onnx")
+    with pytest.raises(EngineError, match=r"nothing is given for the inputs plugin\.ffn"):
+        loaded.hold({})

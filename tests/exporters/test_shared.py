@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from tests.conftest import lively, write_checkpoint
+from variator.engines.build import BACKENDS, build
+from variator.engines.runtime import Runtime
 from variator.errors import GateError, InputError, PluginError
-from variator.exporters import export as export_module
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
 from variator.exporters.gate import full_feed, gate_head, load_cases, plain_runner
+from variator.exporters.graph import Compressed
+from variator.toolkit import stack as stack_module
 from variator.toolkit.bundle import GATE_FILE, SHARED_GRAPH, Bundle
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.plugin_file import load_plugin, save_plugin
@@ -83,25 +87,39 @@ def test_both_layouts_answer_alike_and_count_alike(shared_bundle: Bundle, bundle
 
 
 @pytest.mark.parametrize(
-    ("kind", "auto", "head"),
+    ("kind", "auto"),
     [
-        ("bert", "AutoModelForSequenceClassification", False),
-        ("roberta", "AutoModel", False),
-        ("distilbert", "AutoModelForQuestionAnswering", False),
-        ("electra", "AutoModelForSequenceClassification", False),
+        ("bert", "AutoModelForSequenceClassification"),
+        ("roberta", "AutoModel"),
+        ("distilbert", "AutoModelForQuestionAnswering"),
+        ("electra", "AutoModelForSequenceClassification"),
     ],
 )
-def test_every_family_and_task_passes_the_gate(kind: str, auto: str, head: bool, tmp_path: Path) -> None:
+def test_every_family_and_task_passes_the_gate(kind: str, auto: str, tmp_path: Path) -> None:
     write_checkpoint(kind, tmp_path / "model", auto)
     settings = ExportSettings((2, 4), untrained=True, rank=4, layout="shared")
     exported = export(str(tmp_path / "model"), tmp_path / "bundle", settings)
     assert all(entry.max_abs_error < 1e-4 for entry in exported.manifest.ratios.values())
-    assert exported.manifest.shared is not None and exported.manifest.shared.head == head
+    assert exported.manifest.shared is not None and not exported.manifest.shared.head  # for embeddings only
 
 
-def test_a_bundle_of_ratio_1_alone_is_ready_for_plugins(backbone: Backbone, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "int8")])
+def test_a_bundle_of_ratio_1_alone_is_ready_for_plugins(
+    backbone: Backbone, tmp_path: Path, engine: str, precision: str
+) -> None:
+    if BACKENDS[engine].missing():
+        pytest.skip(f"{engine} is not installed")
     exported = export(backbone, tmp_path / "bundle", ExportSettings((), layout="shared"))
-    assert exported.ratios == [1] and SHARED_GRAPH in exported.manifest.files
+    assert exported.ratios == [1]
+    build(exported, engine, precision)
+    plugin = lively(backbone, 4)
+    with Runtime.open(exported, engine, precision) as runtime:
+        runtime.plug("task", plugin)
+        found = runtime.infer(["a b c w1 w2"], ratio=4, plugin="task").outputs["embedding"]
+    batch = backbone.tokenizer(["a b c w1 w2"], return_tensors="pt")
+    with torch.no_grad():
+        expected = Compressed(backbone.model, plugin).eval()(batch["input_ids"], batch["attention_mask"])[0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5 if precision == "fp32" else 0.1)
 
 
 def test_the_gate_finds_a_plugin_in_another_ones_place(
@@ -109,8 +127,8 @@ def test_the_gate_finds_a_plugin_in_another_ones_place(
 ) -> None:
     for ratio in (2, 4):
         save_plugin(lively(backbone, ratio), tmp_path / "plugins")
-    wrong = export_module.stack(lively(backbone, 4, seed=1))
-    monkeypatch.setattr(export_module, "stack", lambda plugin: wrong)
+    wrong = stack_module.stack(lively(backbone, 4, seed=1))
+    monkeypatch.setattr(stack_module, "stack", lambda plugin: wrong)
     with pytest.raises(GateError, match=r"shared\.onnx"):
         export(backbone, tmp_path / "bundle", ExportSettings((2, 4), tmp_path / "plugins", layout="shared"))
     assert not (tmp_path / "bundle").exists()
@@ -134,3 +152,11 @@ def test_a_wide_plugin_widens_the_profile(backbone: Backbone, tmp_path: Path) ->
     save_plugin(lively(backbone, 4, rank=300), tmp_path / "plugins")
     exported = export(backbone, tmp_path / "bundle", ExportSettings((4,), tmp_path / "plugins", layout="shared"))
     assert exported.manifest.shared is not None and exported.manifest.shared.max_rank == 300
+
+
+def test_many_classes_widen_the_profile_and_count_as_flops(backbone: Backbone, tmp_path: Path) -> None:
+    save_plugin(lively(backbone, 4, classes=1500), tmp_path / "plugins")
+    exported = export(backbone, tmp_path / "bundle", ExportSettings((4,), tmp_path / "plugins", layout="shared"))
+    assert exported.manifest.shared is not None and exported.manifest.shared.max_classes == 1500
+    assert exported.ratio(4).head and exported.ratio(1).head
+    assert exported.ratio(4).flops["head"] - exported.ratio(1).flops["head"] == 2 * 32 * (1500 - 1)

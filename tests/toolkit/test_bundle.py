@@ -30,7 +30,7 @@ def edit(copy: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_the_manifest_keeps_the_contract(bundle: Bundle) -> None:
     manifest = json.loads((bundle.path / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert {"model", "family", "task", "pooling", "hidden_size", "layers", "max_length", "precision"} <= set(manifest)
     assert set(manifest["ratios"]) == {"1", "2", "4"}
     entry = manifest["ratios"]["4"]
@@ -55,6 +55,12 @@ def test_the_manifest_keeps_the_contract(bundle: Bundle) -> None:
         (lambda m: m["files"].update({"../outside": {"bytes": 1, "sha256": "0"}}), "outside"),
         (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "0"}}), "outside"),
         (lambda m: m["ratios"]["4"].update(graph="../ratio-4.onnx"), "not listed"),
+        (lambda m: m["ratios"]["4"].update(graph=["x"]), r"graph is \['x'\]"),
+        (lambda m: m["ratios"]["4"].update(rank=True), "rank is True"),
+        (lambda m: m["ratios"]["4"].update(plugin="ratio-2.onnx"), "ratio 4 has graph"),
+        (lambda m: m["ratios"]["4"].update(head=True), "ratio 4 has a head"),
+        (lambda m: m.update(layout="shared"), "layout shared lacks a shared profile"),
+        (lambda m: m.update(layout="split"), "layout is 'split', not one of per-ratio, shared"),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused(
@@ -63,6 +69,43 @@ def test_a_manifest_that_is_wrong_is_refused(
     edit(copy, change)
     with pytest.raises(BundleError, match=message):
         Bundle.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["ratios"]["4"].update(plugin=""), "ratio 4 has graph 'shared.onnx' and plugin ''"),
+        (lambda m: m["ratios"]["4"].update(graph="ratio-1.onnx"), "ratio 4 has graph 'ratio-1.onnx'"),
+        (lambda m: m["ratios"]["1"].update(graph="shared.onnx"), "ratio 1 has graph 'shared.onnx'"),
+        (lambda m: m["ratios"]["4"].update(plugin="../ratio-4.safetensors"), "not listed"),
+        (lambda m: m["ratios"]["4"].update(plugin=["x"]), "plugin is"),
+        (lambda m: m["files"].pop("shared.onnx"), "'shared.onnx' is not listed"),
+        (lambda m: m["shared"].update(max_rank="256"), "max_rank is '256'"),
+        (lambda m: m["shared"].update(head="false"), "head is 'false'"),
+        (lambda m: m["shared"].update(colour=1), "damaged"),
+        (lambda m: m.update(shared=None), "lacks a shared profile"),
+        (lambda m: m.update(layout="per-ratio"), "layout per-ratio has a shared profile"),
+        (lambda m: (m["ratios"].pop("2"), m["ratios"].pop("4"), m["ratios"]["1"].update(head=True)), "has a head"),
+    ],
+)
+def test_a_shared_manifest_that_is_wrong_is_refused(
+    shared_bundle: Bundle, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    copy = shutil.copytree(shared_bundle.path, tmp_path / "shared", ignore=shutil.ignore_patterns("engines"))
+    edit(copy, change)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(copy)
+
+
+def test_bundles_of_the_first_format_are_read(copy: Path) -> None:
+    def age(manifest: dict[str, Any]) -> None:
+        manifest["format_version"] = 1
+        del manifest["shared"]
+        for entry in manifest["ratios"].values():
+            del entry["plugin"], entry["head"]
+
+    edit(copy, age)
+    assert Bundle.open(copy).ratios == [1, 2, 4]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"text"'])

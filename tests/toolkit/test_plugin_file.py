@@ -114,3 +114,23 @@ def test_nan_and_tensors_too_many_are_refused(plugin: Plugin, tmp_path: Path) ->
         load_plugin(rewrite(plugin, tmp_path / "a.safetensors", {}, nan))
     with pytest.raises(PluginError, match="extra"):
         load_plugin(rewrite(plugin, tmp_path / "b.safetensors", {}, {"extra": torch.zeros(1)}))
+
+
+def test_half_a_head_and_a_head_that_is_not_finite_are_named(plugin: Plugin, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    weight, bias = torch.ones(3, 32), torch.ones(3)
+    for tensors, message in (
+        ({"head.bias": bias}, "head.weight"),
+        ({"head.weight": weight}, "head.bias"),
+        ({"head.weight": weight * float("nan"), "head.bias": bias}, r"p\.safetensors.*head\.weight holds NaN"),
+        ({"head.weight": weight, "head.bias": torch.ones(2)}, "no classifier"),
+        ({"head.weight": torch.ones(3, 31), "head.bias": bias}, "reads 31"),
+    ):
+        with pytest.raises(PluginError, match=message):
+            load_plugin(rewrite(plugin, path, {}, tensors))
+
+
+@pytest.mark.parametrize("sizes", [{"layers": 0}, {"hidden_size": -1}, {"layers": float("inf")}])
+def test_impossible_sizes_are_refused(plugin: Plugin, tmp_path: Path, sizes: dict[str, float]) -> None:
+    with pytest.raises(PluginError, match=r"layers|header"):
+        load_plugin(rewrite(plugin, tmp_path / "p.safetensors", dict(sizes)))

@@ -42,6 +42,13 @@ def ordered(bundle: Bundle, against: Bundle) -> tuple[Bundle, Bundle]:
             f"{against.path} holds another model than {bundle.path}",
             valid=f"{bundle.manifest.model}, task {bundle.manifest.task}",
         )
+    for ratio in set(bundle.ratios) & set(against.ratios):
+        if bundle.ratio(ratio).plugin_sha256 != against.ratio(ratio).plugin_sha256:
+            raise InputError(
+                f"the plugins of ratio {ratio} in {bundle.path} and {against.path} differ",
+                valid="the same plugins in both layouts",
+                fix=f"export {bundle.manifest.model} again with the same plugins",
+            )
     return (against, bundle) if bundle.manifest.layout == SHARED else (bundle, against)
 
 

@@ -74,7 +74,7 @@ def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int
             name = f"task-{task}"
             if bundle.manifest.layout == SHARED:
                 runtime.plug(name, bundle.path)
-                for ratio in bundle.ratios:
+                for ratio in runtime.plugins[name]:
                     _run(runtime, ratio, name, feed)
             else:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=bundle.path.parent)))

@@ -116,7 +116,7 @@ def bench(
     }
     results: list[Result] = []
     # Before anything else is loaded into this process: it would share the pages that are counted.
-    memories, compared, plugged = _both_layouts(bundle, built, ratios, settings, threads, on_stage)
+    memories, compared, plugged, remarks = _both_layouts(bundle, built, ratios, settings, threads, on_stage)
     peers = _peers(bundle, settings, threads, on_stage)
     with contextlib.ExitStack() as stack:
         runtimes = [
@@ -138,7 +138,7 @@ def bench(
         quality=quality,
         memory=memories,
         disk=_disk(bundle),
-        notes=[*_notes(bundle, settings), *notes, *more],
+        notes=[*_notes(bundle, settings), *notes, *remarks, *more],
         layout=bundle.manifest.layout,
         layouts=compared,
         plugging=plugged,
@@ -189,19 +189,28 @@ def _both_layouts(
     settings: BenchSettings,
     threads: int,
     on_stage: Callable[[str], None],
-) -> tuple[list[Memory], list[LayoutResult], list[Plugging]]:
-    """Memory, and what there is to say about layouts: with `against` of both, else of the bundle's own."""
+) -> tuple[list[Memory], list[LayoutResult], list[Plugging], list[str]]:
+    """Memory, and what there is to say about layouts: with `against` of both, else of the bundle's own; and notes."""
     own = [layouts.kind_of(engine) for engine in built]
     if settings.against is None:
         memories = _memory(bundle, own, [], settings, on_stage)
         plugged = _plugging(bundle, own, threads, on_stage) if bundle.manifest.layout == SHARED else []
-        return memories, [], plugged
+        return memories, [], plugged, []
     against = Bundle.open(settings.against)
     per_ratio, shared = layouts.ordered(bundle, against)
-    kinds = layouts.pairs(built, built_engines(against, settings.engines)[0])
+    theirs, notes = built_engines(against, settings.engines)
+    kinds = layouts.pairs(built, theirs)
+    if not kinds:
+        raise InputError(
+            f"no engine is built in both {bundle.path} and {against.path}",
+            valid="the same backend and precision in both",
+            fix=f"variator build {against.path} --engine {own[0][0]} --precision {own[0][1]}",
+        )
+    missing = sorted(set(ratios) - set(against.ratios))
+    notes += [f"Layouts: ratio {ratio} is not in {against.path} and was not compared." for ratio in missing]
     memories = _memory(bundle, own, kinds, settings, on_stage) + _memory(against, kinds, kinds, settings, on_stage)
     compared = _layouts(per_ratio, shared, kinds, ratios, settings, threads, on_stage)
-    return memories, compared, _plugging(shared, kinds, threads, on_stage)
+    return memories, compared, _plugging(shared, kinds, threads, on_stage), notes
 
 
 def _memory(

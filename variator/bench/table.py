@@ -497,7 +497,7 @@ def _gains(row: Result, peer: Result | None, *between: str) -> list[str]:
 
 
 def layouts_markdown(record: Record) -> str:
-    """The README's tables of both layouts: speed at each shape, plugging in, and memory; empty without them."""
+    """The README's tables of both layouts: speed, plugging in, and memory; empty without a comparison."""
     grids = [_layouts(record), _plugging(record), _memory(record)] if record.layouts else []
     parts = []
     for grid in grids:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from variator.errors import EngineError
 from variator.toolkit.bundle import Bundle
 
 Feed = Mapping[str, npt.NDArray[np.int64]]
-Inputs = Mapping[str, npt.NDArray[Any]]
+Arrays = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[np.float32]]
+
+
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+"""What comes with every run; all other inputs are held."""
+
+
+def check_held(inputs: Iterable[str], held: Iterable[str]) -> None:
+    """Raise `EngineError` unless all of a graph's inputs but the tokens are held: some libraries crash without."""
+    missing = [name for name in inputs if name not in TOKENS and name not in held]
+    if missing:
+        raise EngineError(f"nothing is given for the inputs {', '.join(missing)} of the graph", fix="export again")
 
 
 class Engine(Protocol):
@@ -25,11 +37,14 @@ class Engine(Protocol):
     def run(self, feed: Feed) -> Outputs:
         """int64 [batch, S] inputs -> fp32 outputs by name."""
 
-    def hold(self, inputs: Inputs) -> Engine:
+    def hold(self, inputs: Arrays) -> Engine:
         """This engine with inputs that stay on its device and go along with every run: a plugin, a task head.
 
         Cheap, and shares everything else; its memory goes when the last reference does. Inputs that the graph does
         not have are left out.
+
+        Raises:
+            EngineError: If something that the graph takes beside the tokens would still be missing.
         """
 
     def close(self) -> None:

@@ -26,8 +26,8 @@ from variator.engines.openvino import OpenVinoBackend
 from variator.errors import EngineError, InputError
 from variator.exporters.gate import compare, full_feed, gate_head, load_cases
 from variator.files import directory_written_whole, disk_errors, inside, sha256_of_json, write_atomically
-from variator.toolkit.bundle import GATE_FILE, Bundle, FileEntry, list_files
-from variator.toolkit.stack import inputs_of
+from variator.toolkit.bundle import GATE_FILE, SHARED_GRAPH, Bundle, FileEntry, list_files
+from variator.toolkit.stack import inputs_of, neutral_inputs
 
 ENGINE_FILE = "engine.json"
 ENGINE_FORMAT = 1
@@ -76,8 +76,9 @@ class BuiltEngine:
         """
         found = {name: entry for name, entry in list_files(self.directory, *names).items() if name != ENGINE_FILE}
         recorded = {name: entry for name, entry in self.record.files.items() if not names or name in names}
-        if found != recorded:
-            wrong = sorted(n for n in found.keys() | recorded.keys() if found.get(n) != recorded.get(n))
+        unknown = [name for name in names if name not in self.record.files]
+        if found != recorded or unknown:
+            wrong = unknown or sorted(n for n in found.keys() | recorded.keys() if found.get(n) != recorded.get(n))
             raise EngineError(
                 f"{self.directory / wrong[0]} is missing or has changed since it was built",
                 fix=f"variator build {self.directory.parent.parent} --engine {self.record.backend} "
@@ -194,25 +195,25 @@ def _build(
     probe = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
     shared = bundle.manifest.shared
     head = gate_head(bundle.manifest.hidden_size) if shared and shared.head else None
-    loaded: dict[str, Engine] = {}
     errors, probes = {}, {}
-    for ratio in bundle.ratios:
-        on_stage(f"checking ratio {ratio} against PyTorch")
-        graph = bundle.ratio(ratio).graph
-        if graph not in loaded:
-            loaded[graph] = backend.load(bundle, precision, directory, graph, threads)
-        engine = loaded[graph].hold(inputs_of(bundle, ratio, head))
-        if engine.precision != precision:
+    for graph in bundle.graphs:
+        loaded = backend.load(bundle, precision, directory, graph.name, threads)
+        if loaded.precision != precision:
             raise EngineError(
-                f"{backend.name} built {engine.precision} where {precision} was asked for",
+                f"{backend.name} built {loaded.precision} where {precision} was asked for",
                 valid=", ".join(backend.precisions()),
-                fix=f"--precision {engine.precision}",
+                fix=f"--precision {loaded.precision}",
             )
-        label = f"{backend.name} {precision} ratio {ratio}"
-        errors[str(ratio)] = compare(label, precision, cases, ratio, engine.run)
-        probes[str(ratio)] = _time(engine, probe)
-        if all(bundle.ratio(later).graph != graph for later in bundle.ratios if later > ratio):
-            loaded.pop(graph).close()
+        for ratio in (ratio for ratio in bundle.ratios if bundle.graph(ratio) == graph):
+            on_stage(f"checking ratio {ratio} against PyTorch")
+            engine = loaded.hold(inputs_of(bundle, ratio, head))
+            label = f"{backend.name} {precision} ratio {ratio}"
+            errors[str(ratio)] = compare(label, precision, cases, ratio, engine.run)
+            probes[str(ratio)] = _time(engine, probe)
+        if graph.name == SHARED_GRAPH:  # whatever ratios there are, it has to be right without any plugin
+            engine = loaded.hold(neutral_inputs(bundle, head))
+            compare(f"{backend.name} {precision} {graph.name} at ratio 1", precision, cases, 1, engine.run)
+        loaded.close()
     record = EngineRecord(
         backend.name,
         precision,

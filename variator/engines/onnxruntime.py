@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from variator import machine
-from variator.engines.base import Feed, Inputs, Outputs
+from variator.engines.base import Arrays, Feed, Outputs, check_held
 from variator.engines.quantise import RECIPE, quantise_dynamic, reduce_range
 from variator.errors import EngineError
 from variator.files import inside
@@ -57,18 +57,19 @@ class OnnxRuntimeEngine:
         results = self._session.run_with_ort_values(self._outputs, {**self._held, **_values(feed)})
         return {name: value.numpy() for name, value in zip(self._outputs, results, strict=True)}
 
-    def hold(self, inputs: Inputs) -> OnnxRuntimeEngine:
+    def hold(self, inputs: Arrays) -> OnnxRuntimeEngine:
         """See `Engine.hold`."""
-        taken = {value.name for value in self._session.get_inputs()} & inputs.keys()
-        held = _values({name: inputs[name] for name in taken})
-        return OnnxRuntimeEngine(self._session, self.precision, {**self._held, **held}) if held else self
+        names = [value.name for value in self._session.get_inputs()]
+        held = {**self._held, **_values({name: inputs[name] for name in names if name in inputs})}
+        check_held(names, held)
+        return OnnxRuntimeEngine(self._session, self.precision, held) if held else self
 
     def close(self) -> None:
         """See `Engine.close`."""
         del self._session
 
 
-def _values(inputs: Inputs) -> dict[str, onnxruntime.OrtValue]:
+def _values(inputs: Arrays) -> dict[str, onnxruntime.OrtValue]:
     """Values over the arrays' own memory."""
     import onnxruntime
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.base import Feed, Inputs, Outputs
+from variator.engines.base import Arrays, Feed, Outputs, check_held
 from variator.engines.quantise import RECIPE, quantise_static
 from variator.errors import EngineError
 from variator.exporters.gate import load_cases
 from variator.files import inside
 from variator.toolkit.bundle import GATE_FILE, Bundle
-from variator.toolkit.stack import PLUGIN_INPUTS, inputs_of
+from variator.toolkit.stack import PLUGIN_INPUTS, inputs_of, neutral_inputs
 from variator.toolkit.weights import check_external_data, gather
 
 if TYPE_CHECKING:
@@ -66,11 +66,13 @@ class OpenVinoEngine:
             request.set_tensor(name, tensor)
         return request
 
-    def hold(self, inputs: Inputs) -> OpenVinoEngine:
+    def hold(self, inputs: Arrays) -> OpenVinoEngine:
         """See `Engine.hold`."""
         ports = {port.get_any_name(): port.get_element_type() for port in self._compiled.inputs}
-        held = {name: _tensor(array, ports[name]) for name, array in inputs.items() if name in ports}
-        return OpenVinoEngine(self._compiled, self.precision, {**self._held, **held}) if held else self
+        given = {name: _tensor(array, ports[name]) for name, array in inputs.items() if name in ports}
+        held = {**self._held, **given}
+        check_held(ports, held)
+        return OpenVinoEngine(self._compiled, self.precision, held) if held else self
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -113,6 +115,7 @@ class OpenVinoBackend:
             for graph in bundle.graphs:
                 check_external_data(graph)
                 beside = [inputs_of(bundle, ratio) for ratio in bundle.ratios if bundle.graph(ratio) == graph]
+                beside = beside or [neutral_inputs(bundle)]  # a shared graph that no ratio uses yet
                 feeds = [{**inputs, **case.feed} for inputs in beside for case in cases]
                 graphs.append(quantise_static(graph, Path(scratch) / graph.name, feeds))
             gather(graphs, directory, WEIGHTS)

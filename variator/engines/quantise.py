@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 
 from variator import machine
-from variator.engines.base import Inputs
+from variator.engines.base import Arrays
 from variator.exporters.flops import PART_KEY
 
 RECIPE = "2"
@@ -50,13 +50,13 @@ def quantise_dynamic(source: Path, target: Path) -> Path:
     return target
 
 
-def quantise_static(source: Path, target: Path, feeds: Sequence[Inputs]) -> Path:
+def quantise_static(source: Path, target: Path, feeds: Sequence[Arrays]) -> Path:
     """Activation ranges from a calibration run over `feeds`, weights per channel; the form OpenVINO takes."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._left: Iterator[Inputs] = iter(feeds)
+            self._left: Iterator[Arrays] = iter(feeds)
 
         def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
             feed = next(self._left, None)

@@ -4,8 +4,8 @@ Tokenises, groups rows into length buckets, runs the engine of the ratio. Loads 
 for. Safe to share between threads: requests compute one after another, each with all of the runtime's threads,
 so the ratios' sessions never compete (their pools sleep in between).
 
-With a shared bundle, plugins come and go while requests run: `plug` makes a name's engines ready, then publishes them
-all at once; a request keeps the ones it began with.
+With a shared bundle, plugins come and go while requests run: `plug` gets everything ready, then publishes a name's
+ratios all at once; a request keeps the ones it began with.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.base import Engine, Inputs, Outputs
+from variator.engines.base import Engine, Outputs
 from variator.engines.build import BuiltEngine, find_built, load_engine
 from variator.errors import BundleError, EngineError, InputError
 from variator.exporters.gate import PER_TOKEN
 from variator.files import inside
 from variator.toolkit.bundle import SHARED_GRAPH, Bundle
-from variator.toolkit.plugin_file import Head, Plugin, load_plugin, same_head
-from variator.toolkit.stack import LOGITS, check_fits, check_head, head_inputs, inputs_of, stack
+from variator.toolkit.plugin_file import Head, Plugin, load_named, load_plugin, same_head
+from variator.toolkit.stack import LOGITS, Inputs, check_fits, check_head, graph_inputs, inputs_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -98,13 +98,13 @@ class Slot:
         """Whether it can run at once."""
         return self._engine is not None
 
-    def engine(self, load: Callable[[str], Engine]) -> Engine:
-        """The engine, made now if it is not yet; `load` gives that of the graph."""
+    def engine(self, hold: Callable[[str, Inputs], Engine]) -> Engine:
+        """The engine, made now if it is not yet; `hold` gives that of a graph with its inputs held."""
         if self._engine is not None:
             return self._engine
         with self._lock:
             if self._engine is None:
-                self._engine = load(self.graph).hold(self._inputs())
+                self._engine = hold(self.graph, self._inputs())
                 self._inputs = dict  # they are on the device now
             return self._engine
 
@@ -121,7 +121,8 @@ class Runtime:
         self._built = built
         self._threads = threads
         self._graphs: dict[str, Engine] = {}
-        self._plugged: dict[str, Mapping[int, Slot]] = {DEFAULT: self._own_slots()}
+        self._own = self._own_slots()
+        self._plugged: dict[str, Mapping[int, Slot]] = {DEFAULT: self._own}
         """Never changed in place: whoever reads it once has a consistent view."""
         self._load_lock, self._compute_lock, self._plug_lock, self._closed = Lock(), Lock(), Lock(), False
         path = inside(bundle.path, "tokenizer.json")
@@ -170,7 +171,7 @@ class Runtime:
     def close(self) -> None:
         """Wait for the running request and give all memory back."""
         with self._plug_lock, self._load_lock, self._compute_lock:
-            self._closed, self._plugged = True, {}
+            self._closed, self._plugged, self._own = True, {}, {}
             while self._graphs:
                 self._graphs.popitem()[1].close()
 
@@ -181,7 +182,7 @@ class Runtime:
 
     @property
     def loaded(self) -> list[int]:
-        """Ratios that have been asked for so far, of any plugin."""
+        """Ratios that can run at once, of any plugin: those asked for so far, or plugged in since."""
         return sorted({ratio for slots in self._plugged.values() for ratio, slot in slots.items() if slot.ready})
 
     @property
@@ -218,7 +219,7 @@ class Runtime:
         slots = self._slots_of(plugins, head)
         for slot in slots.values():
             if slot.graph in self._graphs:  # else its first request loads the graph
-                slot.engine(self._graph)
+                slot.engine(self._held)
         with self._plug_lock:
             self._check_open()
             self._plugged = {**self._plugged, name: slots}
@@ -234,7 +235,7 @@ class Runtime:
             self._check_open()
             self._slots(name)
             rest = {key: slots for key, slots in self._plugged.items() if key != name}
-            self._plugged = {DEFAULT: self._own_slots(), **rest} if name == DEFAULT else rest
+            self._plugged = {DEFAULT: self._own, **rest} if name == DEFAULT else rest
 
     def infer(self, inputs: Sequence[Input], *, ratio: int, plugin: str = DEFAULT, truncate: bool = False) -> Result:
         """Run a request.
@@ -242,7 +243,8 @@ class Runtime:
         Args:
             inputs: Texts, pairs of texts, or lists of token ids; at least one.
             ratio: One that the plugin has; 1 is the uncompressed backbone.
-            plugin: A name that is plugged in; `default` is what the bundle holds.
+            plugin: A name that is plugged in; `default` is what the bundle holds. If its plugins bring heads, ratio 1
+                has `logits` only if they all bring the same.
             truncate: Cut what is longer than the model's limit instead of refusing it; token ids simply at the end.
 
         Raises:
@@ -253,7 +255,7 @@ class Runtime:
         started = time.perf_counter()
         rows = self.tokenise(inputs, truncate)
         tokenised = time.perf_counter()
-        engine = slot.engine(self._graph)
+        engine = slot.engine(self._held)
         loaded = time.perf_counter()
         with self._compute_lock:
             self._check_open()
@@ -318,7 +320,7 @@ class Runtime:
 
     def load(self, ratio: int, plugin: str = DEFAULT) -> Engine:
         """The engine of a ratio, loaded if it is not yet. Errors as `infer`."""
-        return self._slot(ratio, plugin).engine(self._graph)
+        return self._slot(ratio, plugin).engine(self._held)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -338,7 +340,7 @@ class Runtime:
     def _slot(self, ratio: int, plugin: str) -> Slot:
         slots = self._slots(plugin)
         if isinstance(ratio, bool) or ratio not in slots:
-            if plugin == DEFAULT:
+            if slots is self._own:
                 self.bundle.ratio(ratio)  # says what the bundle holds
             raise InputError(
                 f"plugin {plugin!r} has no ratio {ratio!r}" + (": its heads differ" if ratio == 1 else ""),
@@ -347,16 +349,13 @@ class Runtime:
             )
         return slots[ratio]
 
-    def _graph(self, graph: str) -> Engine:
-        """The engine of a graph, loaded if it is not yet."""
-        engine = self._graphs.get(graph)
-        if engine is not None:
-            return engine
+    def _held(self, graph: str, inputs: Inputs) -> Engine:
+        """The engine of a graph, loaded if it is not yet, with inputs held. Excludes `close`."""
         with self._load_lock:
             self._check_open()
             if graph not in self._graphs:
                 self._graphs[graph] = load_engine(self.bundle, self._built, graph, self._threads)
-            return self._graphs[graph]
+            return self._graphs[graph].hold(inputs)
 
     @property
     def _has_head_input(self) -> bool:
@@ -371,16 +370,17 @@ class Runtime:
         }
 
     def _slots_of(self, plugins: Sequence[Plugin], head: Head | None) -> dict[int, Slot]:
-        hidden = self.bundle.manifest.hidden_size
+        manifest = self.bundle.manifest
 
-        def slot(ratio: int, stacks: Inputs, one: Head | None) -> Slot:
-            inputs = {**stacks, **(head_inputs(one, hidden) if self._has_head_input else {})}
-            return Slot(SHARED_GRAPH if ratio > 1 else self.bundle.ratio(1).graph, lambda: inputs, one is not None)
+        def slot(one: Plugin | None, head: Head | None) -> Slot:
+            graph = SHARED_GRAPH if one else self.bundle.ratio(1).graph
+            inputs = graph_inputs(manifest.shared, manifest.hidden_size, one, head)
+            return Slot(graph, lambda: inputs, head is not None)
 
-        slots = {one.config.ratio: slot(one.config.ratio, stack(one), one.head or head) for one in plugins}
+        slots = {one.config.ratio: slot(one, one.head or head) for one in plugins}
         heads = [one.head for one in plugins]
         if head is not None or all(same_head(heads[0], other) for other in heads):
-            slots[1] = slot(1, {}, head or heads[0])
+            slots[1] = slot(None, head or heads[0])
         return slots
 
     def _run(self, engine: Engine, rows: Sequence[Row]) -> Outputs:
@@ -406,12 +406,11 @@ class Runtime:
 
 def _read_plugins(name: str, plugin: Plugin | Path | str | Sequence[Plugin | Path | str]) -> list[Plugin]:
     """What `Runtime.plug` was given, read from files where it is not yet: at least one, no two of one ratio."""
-    given: Sequence[Plugin | Path | str]
     if isinstance(plugin, str | Path) and Path(plugin).is_dir():
-        given = sorted(Path(plugin).glob("ratio-*.safetensors"))
+        plugins = [load_named(path) for path in sorted(Path(plugin).glob("ratio-*.safetensors"))]
     else:
         given = [plugin] if isinstance(plugin, Plugin | str | Path) else list(plugin)
-    plugins = [one if isinstance(one, Plugin) else load_plugin(Path(one)) for one in given]
+        plugins = [one if isinstance(one, Plugin) else load_plugin(Path(one)) for one in given]
     ratios = [one.config.ratio for one in plugins]
     if not ratios or len(set(ratios)) < len(ratios):
         raise InputError(

@@ -41,9 +41,9 @@ from variator.toolkit.bundle import (
     write_manifest,
 )
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin_file import Head, Plugin, find_plugin, same_head, save_plugin, untrained_plugin
+from variator.toolkit.plugin_file import Plugin, find_plugin, same_head, save_plugin, untrained_plugin
 from variator.toolkit.plugin_format import MAX_RATIO, PLUGIN_FORMAT, PluginConfig, check_ratio
-from variator.toolkit.stack import Inputs, head_inputs, neutral, stack
+from variator.toolkit.stack import Inputs, graph_inputs, neutral
 from variator.toolkit.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ def _profile(backbone: Backbone, plugins: Mapping[int, Plugin]) -> SharedProfile
             fix="--layout per-ratio, or train them with the same --activation",
         )
     rank = max([MAX_RANK, *(plugin.config.rank for plugin in plugins.values())])
-    return SharedProfile(PLUGIN_FORMAT, activations[0], MAX_RATIO, rank, MAX_CLASSES, backbone.task == "embed")
+    classes = max([MAX_CLASSES, *(len(plugin.head.bias) for plugin in plugins.values() if plugin.head)])
+    return SharedProfile(PLUGIN_FORMAT, activations[0], MAX_RATIO, rank, classes, backbone.task == "embed")
 
 
 def _export_ratios(
@@ -167,17 +168,16 @@ def _export_ratios(
     if profile is not None:
         _write_shared(backbone, profile, store, directory, on_stage)
     cases = _cases(backbone)
-    head = gate_head(backbone.config.hidden_size) if profile and profile.head else None
+    hidden = backbone.config.hidden_size
+    head = gate_head(hidden) if profile and profile.head else None
     entries: dict[int, RatioEntry] = {}
     for ratio in ratios:
         plugin = plugins.get(ratio)
         graph = directory / (SHARED_GRAPH if plugin and profile else f"ratio-{ratio}.onnx")
-        beside: Inputs = {}
         if profile is None:
             on_stage(f"exporting ratio {ratio}")
             _write_graph(export_graph(backbone, plugin), store, graph, _data_file(ratio))
-        else:
-            beside = _beside(backbone, plugin, head)
+        beside = graph_inputs(profile, hidden, plugin, head)
         on_stage(f"checking ratio {ratio} against PyTorch")
         module = Compressed(backbone.model, plugin).eval()
         for case in cases:
@@ -186,9 +186,9 @@ def _export_ratios(
                 add_logits(case.expected[ratio], head)
         error = _gate(graph, cases, ratio, beside)
         if ratio == 1 and profile is not None:  # exact without its plugin, too
-            sizes = backbone.config
-            _gate(directory / SHARED_GRAPH, cases, 1, beside | neutral(sizes.layers, sizes.hidden_size))
-        flops = _flops(graph, entries, beside)
+            _gate(directory / SHARED_GRAPH, cases, 1, beside | neutral(backbone.config.layers, hidden))
+        own = graph_inputs(profile, hidden, plugin, plugin.head if plugin else None)
+        flops = _flops(graph, entries, own)
         heads = [one.head for one in ([plugin] if plugin else plugins.values())]
         with_head = bool(heads) and heads[0] is not None and all(same_head(heads[0], other) for other in heads)
         file = save_plugin(plugin, directory).name if plugin and profile else ""
@@ -212,11 +212,6 @@ def _write_shared(
     for name, compressed in (("ratio-1.onnx", False), (SHARED_GRAPH, True)):
         on_stage(f"exporting {name}")
         _write_graph(export_shared(backbone, profile, compressed), store, directory / name, _data_file(1))
-
-
-def _beside(backbone: Backbone, plugin: Plugin | None, head: Head | None) -> Inputs:
-    """What a graph of a shared layout takes beside the tokens."""
-    return (stack(plugin) if plugin else {}) | (head_inputs(head, backbone.config.hidden_size) if head else {})
 
 
 def _cases(backbone: Backbone) -> list[Case]:

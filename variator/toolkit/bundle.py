@@ -15,7 +15,10 @@ from variator.errors import BundleError, InputError
 from variator.files import inside, sha256_of, write_atomically
 from variator.toolkit.plugin_format import PLUGIN_FORMAT
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had no layout but `per-ratio`."""
+
 MANIFEST = "manifest.json"
 PER_RATIO, SHARED = "per-ratio", "shared"
 LAYOUTS = (PER_RATIO, SHARED)
@@ -128,10 +131,10 @@ class Manifest:
         except ValueError as error:
             raise BundleError(f"{place} is not JSON: {error}", fix=fix) from error
         version = data.pop("format_version", None) if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in READABLE or isinstance(version, bool):
             raise BundleError(
                 f"{place} has bundle format version {version!r}",
-                valid=str(FORMAT_VERSION),
+                valid=", ".join(map(str, READABLE)),
                 fix="use the version of variator that wrote it, or export again",
             )
         try:
@@ -142,19 +145,10 @@ class Manifest:
             manifest = Manifest(ratios=ratios, files=files, shared=shared, **data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise BundleError(f"{place} is damaged: {error}", fix=fix) from error
-        wrong = [
-            f"{entry.name} is {getattr(manifest, entry.name)!r}"
-            for entry in dataclasses.fields(Manifest)
-            if entry.type in _KINDS and not isinstance(getattr(manifest, entry.name), _KINDS[str(entry.type)])
-        ]
+        parts: list[Manifest | RatioEntry | SharedProfile] = [manifest, *ratios.values(), *([shared] if shared else [])]
+        wrong = [problem for part in parts for problem in _wrong_kinds(part)] or _wrong_layout(manifest)
         if wrong:
             raise BundleError(f"{place} is damaged: {'; '.join(wrong)}", fix=fix)
-        named = [name for entry in manifest.ratios.values() for name in (entry.graph, entry.plugin) if name]
-        unlisted = [name for name in named if name not in manifest.files]
-        if 1 not in manifest.ratios or unlisted:
-            raise BundleError(f"{place} is damaged: ratio 1 or a file is not listed {unlisted}", fix=fix)
-        if manifest.layout not in LAYOUTS or (manifest.layout == SHARED) != (shared is not None):
-            raise BundleError(f"{place} has layout {manifest.layout!r}", valid=", ".join(LAYOUTS), fix=fix)
         if shared is not None and shared.plugin_format != PLUGIN_FORMAT:
             raise BundleError(
                 f"the shared graph of {place} takes plugins of format version {shared.plugin_format}",
@@ -162,6 +156,37 @@ class Manifest:
                 fix="use the version of variator that wrote it, or export again",
             )
         return manifest
+
+
+def _wrong_kinds(part: Manifest | RatioEntry | SharedProfile) -> list[str]:
+    """Fields that hold something else than they are declared to."""
+    return [
+        f"{entry.name} is {getattr(part, entry.name)!r}"
+        for entry in dataclasses.fields(part)
+        if entry.type in _KINDS
+        and (
+            not isinstance(getattr(part, entry.name), _KINDS[str(entry.type)])
+            or (entry.type == "int" and isinstance(getattr(part, entry.name), bool))
+        )
+    ]
+
+
+def _wrong_layout(manifest: Manifest) -> list[str]:
+    """What contradicts the layout: every ratio needs its graph and, where that is shared, its plugin."""
+    if manifest.layout not in LAYOUTS:
+        return [f"layout is {manifest.layout!r}, not one of {', '.join(LAYOUTS)}"]
+    if (manifest.layout == SHARED) != (manifest.shared is not None):
+        return [f"layout {manifest.layout} {'lacks' if manifest.layout == SHARED else 'has'} a shared profile"]
+    wrong = [] if 1 in manifest.ratios else ["ratio 1 is not listed"]
+    for ratio, entry in manifest.ratios.items():
+        through_shared = manifest.layout == SHARED and ratio > 1
+        if bool(entry.plugin) != through_shared or (entry.graph == SHARED_GRAPH) != through_shared:
+            wrong.append(f"ratio {ratio} has graph {entry.graph!r} and plugin {entry.plugin!r}")
+        if entry.head and (manifest.shared is None or not manifest.shared.head or len(manifest.ratios) == 1):
+            wrong.append(f"ratio {ratio} has a head")
+    named = {name for entry in manifest.ratios.values() for name in (entry.graph, entry.plugin) if name}
+    named |= {SHARED_GRAPH} if manifest.layout == SHARED else set()
+    return [*wrong, *(f"{name!r} is not listed" for name in sorted(named - manifest.files.keys()))]
 
 
 @dataclass(frozen=True)
@@ -241,8 +266,9 @@ class Bundle:
 
     @property
     def graphs(self) -> list[Path]:
-        """Paths of all its graphs, ratio 1 first."""
-        return list(dict.fromkeys(self.graph(ratio) for ratio in self.ratios))
+        """Paths of all its graphs, ratio 1 first; a shared one even if no ratio of the bundle uses it yet."""
+        shared = [inside(self.path, SHARED_GRAPH)] if self.manifest.layout == SHARED else []
+        return list(dict.fromkeys([*(self.graph(ratio) for ratio in self.ratios), *shared]))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Bundle:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from variator.errors import InputError, PluginError
+from variator.errors import InputError, PluginError, VariatorError
 from variator.files import disk_errors, write_atomically
 from variator.toolkit.plugin_format import PLUGIN_FORMAT, PluginConfig, tensor_shapes
 
@@ -60,8 +60,10 @@ class Head:
                 f"a head of shapes {shapes[0]} and {shapes[1]} is no classifier", valid="[classes, d] and [classes]"
             )
         for name, value in zip(HEAD_TENSORS, (self.weight, self.bias), strict=True):
-            if not np.isfinite(value).all():
-                raise PluginError(f"{name} holds NaN or infinity", fix="fit the head again")
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(np.asarray(value, np.float32)).all()
+            if not finite:
+                raise PluginError(f"{name} holds NaN, infinity or a value beyond fp32", fix="fit the head again")
 
 
 def same_head(one: Head | None, other: Head | None) -> bool:
@@ -132,18 +134,18 @@ class Plugin:
                 f"{where}: the head reads {self.head.weight.shape[1]} values", valid=f"{self.hidden_size}", fix=fix
             )
 
-    def check_backbone(self, fingerprint: str, name: str, source: str = "MODEL") -> None:
+    def check_backbone(self, fingerprint: str, name: str, sizes: tuple[int, int], source: str = "MODEL") -> None:
         """Raise `PluginError` unless this plugin was trained for this very backbone.
 
         Args:
-            fingerprint, name: Of the backbone it is to run with.
+            fingerprint, name, sizes: Of the backbone it is to run with; sizes are its layers and hidden size.
             source: Where that backbone's checkpoint is, for the command in the message.
         """
-        if self.backbone != fingerprint:
+        if self.backbone != fingerprint or (self.layers, self.hidden_size) != sizes:
             raise PluginError(
                 f"the ratio-{self.config.ratio} plugin was trained for another backbone "
                 f"({self.family}, {self.layers} layers of {self.hidden_size}, fingerprint {self.backbone[:12]})",
-                valid=f"a plugin for {name} (fingerprint {fingerprint[:12]})",
+                valid=f"a plugin for {name} ({sizes[0]} layers of {sizes[1]}, fingerprint {fingerprint[:12]})",
                 fix=f"variator train {source} --ratio {self.config.ratio} --corpus FILE -o DIR",
             )
 
@@ -224,21 +226,36 @@ def load_plugin(path: Path) -> Plugin:
         header = json.loads(metadata[HEADER])
         version = header["format_version"]
         if version == PLUGIN_FORMAT:
-            head = [tensors.pop(name) for name in HEAD_TENSORS if name in tensors]
+            head = [tensors.pop(name) for name in HEAD_TENSORS] if tensors.keys() & set(HEAD_TENSORS) else []
             plugin = Plugin(
                 PluginConfig(**header["config"]), tensors, str(header["family"]), int(header["layers"]),
                 int(header["hidden_size"]), str(header["backbone"]), dict(header["training"]),
                 Head(*head) if head else None,
             )  # fmt: skip
-    except (KeyError, ValueError, TypeError, InputError) as error:
-        raise PluginError(f"the header of plugin {path} is damaged: {error}", fix=fix) from error
+    except (KeyError, ValueError, TypeError, OverflowError, InputError, PluginError) as error:
+        reason = error.what if isinstance(error, VariatorError) else error
+        raise PluginError(f"the header or head of plugin {path} is damaged: {reason}", fix=fix) from error
     if version != PLUGIN_FORMAT:
         raise PluginError(
             f"{path} has plugin format version {version}",
             valid=str(PLUGIN_FORMAT),
             fix="use the version of variator that wrote it, or train again",
         )
+    if plugin.layers < 1 or plugin.hidden_size < 1:
+        raise PluginError(f"plugin {path} is for {plugin.layers} layers of {plugin.hidden_size}", fix=fix)
     plugin.check_tensors(f"plugin {path}")
+    return plugin
+
+
+def load_named(path: Path) -> Plugin:
+    """Read a plugin file that its ratio gives the name, `ratio-<k>.safetensors`. Errors as `load_plugin`."""
+    plugin = load_plugin(path)
+    if path.name != f"ratio-{plugin.config.ratio}.safetensors":
+        raise PluginError(
+            f"{path} holds a plugin of ratio {plugin.config.ratio}",
+            valid=f"ratio-{plugin.config.ratio}.safetensors",
+            fix="plugin files are named by their ratio; rename it back",
+        )
     return plugin
 
 
@@ -255,14 +272,9 @@ def find_plugin(backbone: Backbone, ratio: int, directory: Path | None = None) -
         path = directory / f"ratio-{ratio}.safetensors"
         if not path.exists():
             return None
-        plugin = load_plugin(path)
-        if plugin.config.ratio != ratio:
-            raise PluginError(
-                f"{path} holds a plugin of ratio {plugin.config.ratio}",
-                valid=f"ratio {ratio}",
-                fix="plugin files are named by their ratio; rename it back",
-            )
-        plugin.check_backbone(backbone.fingerprint, backbone.id, backbone.source)
+        plugin = load_named(path)
+        sizes = (backbone.config.layers, backbone.config.hidden_size)
+        plugin.check_backbone(backbone.fingerprint, backbone.id, sizes, backbone.source)
         return plugin
     for path in sorted(SHIPPED.glob(f"*/ratio-{ratio}.safetensors")):
         plugin = load_plugin(path)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from variator.errors import PluginError
-from variator.toolkit.bundle import Bundle, Manifest
+from variator.toolkit.bundle import Bundle, Manifest, SharedProfile
 from variator.toolkit.plugin_file import Head, Plugin, load_plugin
 from variator.toolkit.plugin_format import layer_operands
 
@@ -73,11 +73,19 @@ def neutral(layers: int, hidden: int) -> Inputs:
 
 
 def head_inputs(head: Head | None, hidden: int) -> Inputs:
-    """The head inputs; without a head one class of zeros, whose logits nobody reads."""
+    """The head inputs, as copies; without a head one class of zeros, whose logits nobody reads."""
     weight = np.zeros((1, hidden)) if head is None else head.weight
     bias = np.zeros(1) if head is None else head.bias
-    values = (np.ascontiguousarray(value, np.float32) for value in (weight.T, bias))
-    return dict(zip(HEAD_INPUTS, values, strict=True))
+    # Copies: a runtime keeps them without copying, and the caller's arrays are his to change.
+    copies = (np.array(value, np.float32, order="C") for value in (weight.T, bias))
+    return dict(zip(HEAD_INPUTS, copies, strict=True))
+
+
+def graph_inputs(shared: SharedProfile | None, hidden: int, plugin: Plugin | None, head: Head | None) -> Inputs:
+    """What a graph takes beside the tokens, without a plugin that of ratio 1; nothing if its plugin is compiled in."""
+    if shared is None:
+        return {}
+    return (stack(plugin) if plugin else {}) | (head_inputs(head, hidden) if shared.head else {})
 
 
 def inputs_of(bundle: Bundle, ratio: int, head: Head | None = None) -> Inputs:
@@ -87,26 +95,35 @@ def inputs_of(bundle: Bundle, ratio: int, head: Head | None = None) -> Inputs:
         head: In place of the plugin's own.
 
     Raises:
-        BundleError, PluginError: If the plugin file has changed or is damaged.
+        BundleError, PluginError: If the plugin file has changed, is damaged or does not fit.
     """
     manifest = bundle.manifest
-    if manifest.shared is None:
-        return {}
     plugin = bundle_plugin(bundle, ratio)
     if head is None and bundle.ratio(ratio).head:
         source = plugin or bundle_plugin(bundle, bundle.ratios[1])  # ratio 1 has the head that all plugins agree on
         head = source.head if source else None
-    inputs = head_inputs(head, manifest.hidden_size) if manifest.shared.head else {}
-    return inputs | (stack(plugin) if plugin else {})
+    return graph_inputs(manifest.shared, manifest.hidden_size, plugin, head)
+
+
+def neutral_inputs(bundle: Bundle, head: Head | None = None) -> Inputs:
+    """What the shared graph of a bundle takes to compute ratio 1."""
+    m = bundle.manifest
+    return neutral(m.layers, m.hidden_size) | graph_inputs(m.shared, m.hidden_size, None, head)
 
 
 def bundle_plugin(bundle: Bundle, ratio: int) -> Plugin | None:
-    """The plugin file of a shared bundle, its hash checked; None for ratio 1."""
+    """The plugin file of a shared bundle, checked like any that is plugged in; None for ratio 1."""
     name = bundle.ratio(ratio).plugin
     if not name:
         return None
     bundle.verify(name)
-    return load_plugin(bundle.path / name)
+    plugin = load_plugin(bundle.path / name)
+    if plugin.config.ratio != ratio:
+        raise PluginError(
+            f"{bundle.path / name} holds ratio {plugin.config.ratio}", valid=f"ratio {ratio}", fix="export again"
+        )
+    check_fits(plugin, bundle.manifest, str(bundle.path / name))
+    return plugin
 
 
 def check_fits(plugin: Plugin, manifest: Manifest, where: str) -> None:
@@ -125,7 +142,7 @@ def check_fits(plugin: Plugin, manifest: Manifest, where: str) -> None:
             valid="a bundle with layout shared",
             fix="export again with --layout shared",
         )
-    plugin.check_backbone(manifest.backbone, manifest.model)
+    plugin.check_backbone(manifest.backbone, manifest.model, (manifest.layers, manifest.hidden_size))
     plugin.check_tensors(where)
     _check_limit(where, "rank", plugin.config.rank, shared.max_rank)
     _check_limit(where, "ratio", plugin.config.ratio, shared.max_ratio)
