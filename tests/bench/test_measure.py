@@ -220,7 +220,7 @@ def test_bundles_with_other_plugins_or_engines_are_not_compared(
 ) -> None:
     settings = BenchSettings(shapes=((1, 8),), runs=5, memory=False)
     wide = export(backbone, tmp_path / "wide", ExportSettings((4,), untrained=True, rank=32, layout="shared"))
-    with pytest.raises(InputError, match="plugins of ratio 4 in .* differ"):
+    with pytest.raises(InputError, match=r"plugins of ratio 4 in .* differ"):
         bench(built, dataclasses.replace(settings, against=wide.path))
     copy = shutil.copytree(shared_bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("engines"))
     build(copy, "onnxruntime", "int8")
