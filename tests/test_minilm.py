@@ -73,15 +73,16 @@ def test_the_shipped_plugins_keep_the_order_of_similarities(minilm: Backbone, ra
     assert score.value > {2: 0.84, 4: 0.81, 8: 0.78}[ratio]
 
 
-def test_the_figures_of_the_readme_are_those_of_the_records() -> None:
+def test_the_figures_of_readme_and_docs_are_those_of_the_records() -> None:
     from variator.bench.record import Record
     from variator.bench.table import layouts_markdown, markdown
 
     root = Path(__file__).parents[1]
-    readme = (root / "README.md").read_text(encoding="utf-8")
+    readme, layouts = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/layouts.md"))
     for path in sorted((root / "results").glob("*.json")):
         if json.loads(path.read_text(encoding="utf-8"))["schema"] != "variator.bench/1":
             continue
         record = Record.load(path)
-        for text in (markdown(record), layouts_markdown(record)):
-            assert text in readme, f"python -m variator.bench.table {path}"
+        hint = f"python -m variator.bench.table {path}"
+        assert markdown(record) in readme, hint
+        assert layouts_markdown(record) in layouts, hint
