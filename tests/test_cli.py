@@ -184,13 +184,18 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, tmp_path: P
     assert len(stopped) == 2 and stopped[1] > stopped[0] > 0
 
 
-def test_serving_imports_neither_torch_nor_transformers(bundle: Bundle, tmp_path: Path) -> None:
+def test_serving_and_plugging_import_neither_torch_nor_transformers(
+    bundle: Bundle, shared_bundle: Bundle, tmp_path: Path
+) -> None:
     path = shutil.copytree(bundle.path, tmp_path / "bundle")
     succeed("build", path, "--engine", "onnxruntime")
+    other = str(shared_bundle.path)
     code = (
         "import sys, variator\n"
-        f"with variator.Runtime.open({str(path)!r}) as r: r.infer(['w1'], ratio=4)\n"
-        "print({'torch', 'transformers', 'openvino'} & set(sys.modules))"
+        f"with variator.Runtime.open({str(path)!r}, 'onnxruntime') as r: r.infer(['w1'], ratio=4)\n"
+        f"with variator.Runtime.open({other!r}, 'onnxruntime') as r:\n"
+        f"  r.plug('x', {other!r}, head=variator.Head([[1.0] * 32], [0.0])); r.infer(['w1'], ratio=4, plugin='x')\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -16,6 +16,7 @@ from variator.errors import PluginError
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.plugin_file import (
     HEADER,
+    Head,
     Plugin,
     find_plugin,
     load_plugin,
@@ -134,3 +135,17 @@ def test_half_a_head_and_a_head_that_is_not_finite_are_named(plugin: Plugin, tmp
 def test_impossible_sizes_are_refused(plugin: Plugin, tmp_path: Path, sizes: dict[str, float]) -> None:
     with pytest.raises(PluginError, match=r"layers|header"):
         load_plugin(rewrite(plugin, tmp_path / "p.safetensors", dict(sizes)))
+
+
+def test_a_head_takes_any_numbers_and_refuses_the_rest() -> None:
+    head = Head([[1, 2], [3, 4]], [0.5, 1e-3])  # type: ignore[arg-type]
+    assert head.weight.dtype == head.bias.dtype == np.float32 and head.weight.shape == (2, 2)
+    for weight, bias in (
+        ([[1, 2], [3]], [0, 0]),
+        ("ab", [0]),
+        ([[1, 2]], [0, 0]),
+        ([[1e300, 0]], [0]),
+        ([1, 2], [0, 0]),
+    ):
+        with pytest.raises(PluginError, match=r"head|fp32"):
+            Head(weight, bias)  # type: ignore[arg-type]

@@ -40,11 +40,11 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on the pooled embedding: logits = W embedding + b.
+    """A linear classifier on the pooled embedding: logits = W embedding + b. Keeps copies in fp32.
 
     Args:
-        weight: fp32 [classes, d].
-        bias: fp32 [classes].
+        weight: [classes, d].
+        bias: [classes].
 
     Raises:
         PluginError: If the shapes do not fit each other or a value is not finite.
@@ -54,15 +54,20 @@ class Head:
     bias: Array
 
     def __post_init__(self) -> None:
+        for name in ("weight", "bias"):
+            try:
+                with np.errstate(over="ignore"):
+                    value = np.array(getattr(self, name), np.float32)
+            except (TypeError, ValueError) as error:
+                raise PluginError(f"head.{name} is no array of numbers: {error}") from error
+            object.__setattr__(self, name, value)
         shapes = np.shape(self.weight), np.shape(self.bias)
         if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1] or shapes[0][0] < 1:
             raise PluginError(
                 f"a head of shapes {shapes[0]} and {shapes[1]} is no classifier", valid="[classes, d] and [classes]"
             )
         for name, value in zip(HEAD_TENSORS, (self.weight, self.bias), strict=True):
-            with np.errstate(over="ignore"):
-                finite = np.isfinite(np.asarray(value, np.float32)).all()
-            if not finite:
+            if not np.isfinite(value).all():
                 raise PluginError(f"{name} holds NaN, infinity or a value beyond fp32", fix="fit the head again")
 
 
