@@ -28,6 +28,12 @@ def test_the_ways_to_serve_a_shared_bundle_all_give_the_right_answers(
     assert {row["way"] for row in rows if row["ratio"] == 4} == ways | {"adapter file"}
 
 
+def test_the_table_of_choices_in_the_docs_is_that_of_the_record() -> None:
+    script = [sys.executable, str(ROOT / "tools" / "shared_choices.py"), "table", "results/shared-choices.json"]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.count("\n") == 7 and printed in (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+
+
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))

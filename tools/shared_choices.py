@@ -4,8 +4,13 @@
 
 Ratio 1: by a graph of its own beside the shared one (what is built); through the shared graph with a neutral plugin;
 with an `If` around every site; with an `If` around two whole graphs. A compressed ratio in ONNX Runtime: plugin as
-OrtValues (what is built) or as an adapter file. Latency is over the per-ratio engine, timed in turn, each twice; memory
-is the proportional set size that ratio 1 and RATIO together add to a fresh process. Both bundles have to be built.
+OrtValues (what is built) or as an adapter file. Latency is over the per-ratio engine: turns of two runs, of which the
+second counts. Memory is the proportional set size that ratio 1 and RATIO together add to a fresh process. Both bundles
+have to be built; the other ways are loaded from plain graphs, in ONNX Runtime without the file of packed weights.
+
+    python tools/shared_choices.py table OUT.json
+
+prints the table of docs/layouts.md.
 """
 
 from __future__ import annotations
@@ -14,15 +19,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from variator import machine
-from variator.bench.latency import race
+from variator.bench.latency import race_twice
 from variator.bench.layouts import pairs
 from variator.bench.memory import pss_bytes
 from variator.bench.run import built_engines
@@ -267,15 +274,11 @@ def measure(per_ratio: Bundle, bundle: Bundle, ratio: int, shape: tuple[int, int
                 expected = {k: np.asarray(first(runs["per-ratio", k](feed))) for k in (1, ratio)}
                 for (way, k), run in runs.items():
                     np.testing.assert_allclose(first(run(feed)), expected[k], atol=5e-2, err_msg=f"{way} {k}")
-                timings = race(
-                    {key: (lambda run=run: (run(feed), run(feed))) for key, run in runs.items()},  # type: ignore[misc]
-                    runs=25,
-                    budget_s=120,
-                )
+                _, timings = race_twice({key: partial(run, feed) for key, run in runs.items()}, runs=25, budget_s=120)
             for (way, k), timing in timings.items():
                 row: dict[str, object] = {"engine": engine, "precision": precision, "way": way, "ratio": k}
                 row["relative"] = round(timing.p50_ms / timings["per-ratio", k].p50_ms, 4)
-                row |= {"p50_ms": round(timing.p50_ms / 2, 3), "spread": round(timing.spread, 3), "runs": timing.runs}
+                row |= {"p50_ms": round(timing.p50_ms, 3), "spread": round(timing.spread, 3), "runs": timing.runs}
                 if k == 1 and way in WAYS:
                     row["both_ratios_pss_bytes"] = needed[(engine, precision), way]
                 rows.append(row)
@@ -296,12 +299,33 @@ def in_process(
     return int(done.stdout)
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The measurements as a Markdown table: a line per way, three columns per engine."""
+    kinds = list(dict.fromkeys((row["engine"], row["precision"]) for row in rows))
+    ratio = max(row["ratio"] for row in rows)
+    figures = ("ratio 1", f"ratio {ratio}", "memory of both")
+    columns = [f"{' '.join(kind)}: {figure}" for kind in kinds for figure in figures]
+    lines = [["way", *columns], ["---", *["---:"] * len(columns)]]
+    for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "per-ratio"):
+        cells = [way]
+        for kind in kinds:
+            found = {r["ratio"]: r for r in rows if r["way"] == way and (r["engine"], r["precision"]) == kind}
+            cells += [f"{found[k]['relative']:.3f}" if k in found else "-" for k in (1, ratio)]
+            taken = found.get(1, {}).get("both_ratios_pss_bytes")
+            cells.append(f"{taken / 1e6:.0f} MB" if taken else "-")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def main(arguments: list[str]) -> None:
     """Measure, print and write."""
     if arguments[0] == "memory":
         engine, precision, way, graph, path, ratio, shape = arguments[1:]
         batch, length = map(int, shape.split("x"))
         print(memory(engine, precision, way, Path(graph), Bundle.open(path), int(ratio), (batch, length)))
+        return
+    if arguments[0] == "table":
+        print(table(json.loads(Path(arguments[1]).read_text(encoding="utf-8"))["rows"]), end="")
         return
     own, path, ratio, shape, target = arguments
     batch, length = map(int, shape.split("x"))
@@ -315,8 +339,7 @@ def main(arguments: list[str]) -> None:
         "rows": rows,
     }
     Path(target).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for row in rows:
-        print(*row.values(), sep="\t")
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":

@@ -362,8 +362,8 @@ def _show_bundle(path: Path) -> None:
     if manifest.shared is not None:
         console.print(
             Text(
-                f"layout shared: {', '.join(graph.name for graph in bundle.graphs)}; takes plugins up to rank "
-                f"{manifest.shared.max_rank} with {manifest.shared.activation}"
+                f"layout shared: {', '.join(graph.name for graph in bundle.graphs)}; takes plugins up to ratio "
+                f"{manifest.shared.max_ratio} and rank {manifest.shared.max_rank} with {manifest.shared.activation}"
                 + (f", heads up to {manifest.shared.max_classes} classes" if manifest.shared.head else "")
             )
         )

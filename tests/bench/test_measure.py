@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from variator.bench.latency import race, summarise
+from variator.bench.latency import race, race_twice, summarise
 from variator.bench.memory import measure
 from variator.bench.quality import Judge, Pairs, cosines, read_pairs, sentences
 from variator.bench.record import Record
@@ -38,6 +38,15 @@ def test_runners_take_turns() -> None:
     order: list[str] = []
     race({name: (lambda name=name: order.append(name)) for name in "abc"}, runs=5, warmup=1)  # type: ignore[misc]
     assert "".join(order) == "abc" * 6
+
+
+def test_runners_take_turns_of_two_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+    first, second = race_twice({name: (lambda name=name: order.append(name)) for name in "abc"}, runs=6)  # type: ignore[misc]
+    turns = ["".join(order[at : at + 2]) for at in range(0, len(order), 2)]
+    assert set(turns) == {"aa", "bb", "cc"} and len(turns) == 3 * 7
+    assert all("".join(sorted(turns[at : at + 3])) == "aabbcc" for at in range(0, len(turns), 3))
+    assert {timing.runs for timing in (*first.values(), *second.values())} == {6}
 
 
 def test_the_budget_ends_a_race_but_not_before_five_rounds() -> None:

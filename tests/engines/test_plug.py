@@ -410,3 +410,16 @@ def test_a_graph_without_its_plugin_is_an_error_and_not_a_crash(shared_bundle: B
     loaded = load_engine(shared_bundle, built, "shared.onnx")
     with pytest.raises(EngineError, match=r"nothing is given for the inputs plugin\.ffn"):
         loaded.hold({})
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_a_head_that_the_manifest_claims_and_no_plugin_brings_is_refused(
+    shared_bundle: Bundle, tmp_path: Path, ratio: int
+) -> None:
+    copy = shutil.copytree(shared_bundle.path, tmp_path / "copy")
+    manifest = json.loads((copy / MANIFEST).read_text())
+    for name in ("1", "4"):
+        manifest["ratios"][name]["head"] = True
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with Runtime.open(copy, "onnxruntime") as runtime, pytest.raises(PluginError, match="head"):
+        embed(runtime, ratio)

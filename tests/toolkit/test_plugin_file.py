@@ -131,10 +131,18 @@ def test_half_a_head_and_a_head_that_is_not_finite_are_named(plugin: Plugin, tmp
             load_plugin(rewrite(plugin, path, {}, tensors))
 
 
-@pytest.mark.parametrize("sizes", [{"layers": 0}, {"hidden_size": -1}, {"layers": float("inf")}])
-def test_impossible_sizes_are_refused(plugin: Plugin, tmp_path: Path, sizes: dict[str, float]) -> None:
-    with pytest.raises(PluginError, match=r"layers|header"):
-        load_plugin(rewrite(plugin, tmp_path / "p.safetensors", dict(sizes)))
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"layers": 0}, "is for 0 layers of 32"),
+        ({"hidden_size": -1}, "is for 2 layers of -1"),
+        ({"layers": 10**9}, "is for 1000000000 layers"),
+        ({"layers": float("inf")}, "header"),
+    ],
+)
+def test_impossible_sizes_are_refused(plugin: Plugin, tmp_path: Path, sizes: dict[str, object], message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        load_plugin(rewrite(plugin, tmp_path / "p.safetensors", sizes))
 
 
 def test_a_head_takes_any_numbers_and_refuses_the_rest() -> None:
@@ -146,6 +154,8 @@ def test_a_head_takes_any_numbers_and_refuses_the_rest() -> None:
         ([[1, 2]], [0, 0]),
         ([[1e300, 0]], [0]),
         ([1, 2], [0, 0]),
+        ([[10**400]], [0]),
+        (torch.nn.Parameter(torch.ones(1, 2)), [0]),
     ):
         with pytest.raises(PluginError, match=r"head|fp32"):
             Head(weight, bias)  # type: ignore[arg-type]

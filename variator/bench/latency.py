@@ -70,6 +70,32 @@ def race(
     return {name: summarise(values) for name, values in times.items()}
 
 
+def race_twice(
+    runners: Mapping[Key, Callable[[], object]], runs: int, budget_s: float = 60.0
+) -> tuple[dict[Key, Timing], dict[Key, Timing]]:
+    """Time runners in turn, each twice in a row, the order of every round drawn anew; the first round warms up.
+
+    Returns:
+        Timings of the first runs and of the second ones. The second finds everything as its own kind left it; the
+        difference is what it costs to take over from another runner.
+    """
+    times: dict[Key, tuple[list[float], list[float]]] = {name: ([], []) for name in runners}
+    rng, names = np.random.default_rng(0), list(runners)
+    until = time.perf_counter() + budget_s
+    for done in range(runs + 1):
+        for index in rng.permutation(len(names)):
+            for position in range(2):
+                time.sleep(SETTLE_S)
+                started = time.perf_counter()
+                runners[names[index]]()
+                if done:
+                    times[names[index]][position].append((time.perf_counter() - started) * 1e3)
+        if done >= 5 and time.perf_counter() > until:
+            break
+    first, second = ({name: summarise(values[i]) for name, values in times.items()} for i in range(2))
+    return first, second
+
+
 def summarise(times: list[float]) -> Timing:
     """Percentiles, spread and drift of latencies in ms, in the order they were measured."""
     p10, p50, p90, p99 = (float(value) for value in np.percentile(times, (10, 50, 90, 99)))

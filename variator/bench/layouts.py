@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from variator.bench.latency import SETTLE_S, Timing, summarise
+from variator.bench.latency import race_twice
 from variator.bench.record import LayoutResult, Plugging
-from variator.engines.base import Engine, Feed
 from variator.engines.build import BuiltEngine
 from variator.engines.runtime import Runtime
 from variator.errors import InputError
@@ -63,7 +63,7 @@ def compare(
     manifest = shared.bundle.manifest
     feed = full_feed(manifest.inputs, manifest.vocabulary, shape)
     engines = {(runtime, ratio): runtime.load(ratio) for ratio in ratios for runtime in (per_ratio, shared)}
-    first, second = _twice(engines, feed, runs, budget_s)
+    first, second = race_twice({key: partial(engine.run, feed) for key, engine in engines.items()}, runs, budget_s)
     results = []
     for ratio in ratios:
         own, other = second[per_ratio, ratio], second[shared, ratio]
@@ -84,28 +84,6 @@ def compare(
             )
         )
     return results
-
-
-Key = tuple[Runtime, int]
-
-
-def _twice(
-    engines: Mapping[Key, Engine], feed: Feed, runs: int, budget_s: float
-) -> tuple[dict[Key, Timing], dict[Key, Timing]]:
-    """Timings of the first and of the second run of each turn; the order of a round is drawn anew."""
-    times: dict[Key, tuple[list[float], list[float]]] = {key: ([], []) for key in engines}
-    rng, keys = np.random.default_rng(0), list(engines)
-    until = time.perf_counter() + budget_s
-    for done in range(runs + 1):
-        for index in rng.permutation(len(keys)):
-            for position in range(2):
-                time.sleep(SETTLE_S)
-                taken = _timed(lambda index=index: engines[keys[index]].run(feed))  # type: ignore[misc]
-                if done:  # the first round warms up
-                    times[keys[index]][position].append(taken)
-        if done >= 5 and time.perf_counter() > until:
-            break
-    return tuple({key: summarise(values[position]) for key, values in times.items()} for position in range(2))  # type: ignore[return-value]
 
 
 def _timed(run: Callable[[], object]) -> float:

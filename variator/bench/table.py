@@ -445,7 +445,7 @@ def _plugging(record: Record) -> Grid:
     ]
     columns = ("engine", "precision", "ratio", "file", "plug\np50 ms", "p99", "under load\np50 ms", "p99",
                "request\np50 ms", "p99", "during plugs\np50 ms", "p99")  # fmt: skip
-    note = "From the file to being served. Requests: one client without pause; during plugs another thread plugs."
+    note = "From the file to being published. Requests: one client without pause; during plugs another thread plugs."
     return Grid(marked(record, "Plugging in"), columns, tuple(rows), 2, note)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from variator.errors import BundleError, InputError
 from variator.files import inside, sha256_of, write_atomically
-from variator.toolkit.plugin_format import PLUGIN_FORMAT
+from variator.toolkit.plugin_format import MAX_RATIO, PLUGIN_FORMAT
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
@@ -178,6 +178,9 @@ def _wrong_layout(manifest: Manifest) -> list[str]:
     if (manifest.layout == SHARED) != (manifest.shared is not None):
         return [f"layout {manifest.layout} {'lacks' if manifest.layout == SHARED else 'has'} a shared profile"]
     wrong = [] if 1 in manifest.ratios else ["ratio 1 is not listed"]
+    sizes = ("hidden_size", "layers", "vocabulary", "max_length")
+    wrong += [f"{name} is {getattr(manifest, name)}" for name in sizes if getattr(manifest, name) < 1]
+    wrong += [f"ratio {ratio} is not usable" for ratio in manifest.ratios if not 1 <= ratio <= MAX_RATIO]
     for ratio, entry in manifest.ratios.items():
         through_shared = manifest.layout == SHARED and ratio > 1
         if bool(entry.plugin) != through_shared or (entry.graph == SHARED_GRAPH) != through_shared:

@@ -58,7 +58,7 @@ class Head:
             try:
                 with np.errstate(over="ignore"):
                     value = np.array(getattr(self, name), np.float32)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: torch
                 raise PluginError(f"head.{name} is no array of numbers: {error}") from error
             object.__setattr__(self, name, value)
         shapes = np.shape(self.weight), np.shape(self.bias)
@@ -246,7 +246,7 @@ def load_plugin(path: Path) -> Plugin:
             valid=str(PLUGIN_FORMAT),
             fix="use the version of variator that wrote it, or train again",
         )
-    if plugin.layers < 1 or plugin.hidden_size < 1:
+    if not 1 <= plugin.layers <= max(1, len(tensors)) or plugin.hidden_size < 1:
         raise PluginError(f"plugin {path} is for {plugin.layers} layers of {plugin.hidden_size}", fix=fix)
     plugin.check_tensors(f"plugin {path}")
     return plugin

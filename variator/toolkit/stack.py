@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from variator.errors import PluginError
 from variator.toolkit.bundle import Bundle, Manifest, SharedProfile
-from variator.toolkit.plugin_file import Head, Plugin, load_plugin
+from variator.toolkit.plugin_file import Head, Plugin, load_plugin, same_head
 from variator.toolkit.plugin_format import layer_operands
 
 Inputs = dict[str, npt.NDArray[Any]]
@@ -100,9 +100,17 @@ def inputs_of(bundle: Bundle, ratio: int, head: Head | None = None) -> Inputs:
     manifest = bundle.manifest
     plugin = bundle_plugin(bundle, ratio)
     if head is None and bundle.ratio(ratio).head:
-        source = plugin or bundle_plugin(bundle, bundle.ratios[1])  # ratio 1 has the head that all plugins agree on
-        head = source.head if source else None
+        head = plugin.head if plugin else _common_head(bundle)
     return graph_inputs(manifest.shared, manifest.hidden_size, plugin, head)
+
+
+def _common_head(bundle: Bundle) -> Head | None:
+    """The head that all plugins of a bundle bring, as its manifest says: that of ratio 1."""
+    plugins = [bundle_plugin(bundle, ratio) for ratio in bundle.ratios if ratio > 1]
+    heads = [plugin.head for plugin in plugins if plugin]
+    if not heads or not all(same_head(heads[0], other) for other in heads):
+        raise PluginError(f"the plugins of {bundle.path} do not bring the same head", fix="export again")
+    return heads[0]
 
 
 def neutral_inputs(bundle: Bundle, head: Head | None = None) -> Inputs:
@@ -121,6 +129,11 @@ def bundle_plugin(bundle: Bundle, ratio: int) -> Plugin | None:
     if plugin.config.ratio != ratio:
         raise PluginError(
             f"{bundle.path / name} holds ratio {plugin.config.ratio}", valid=f"ratio {ratio}", fix="export again"
+        )
+    if (plugin.head is not None) != bundle.ratio(ratio).head:
+        raise PluginError(
+            f"{bundle.path / name} brings {'a' if plugin.head else 'no'} head, the manifest says otherwise",
+            fix="export again",
         )
     check_fits(plugin, bundle.manifest, str(bundle.path / name))
     return plugin
