@@ -38,7 +38,7 @@ from variator.engines import openvino as ov_backend
 from variator.engines.runtime import Runtime
 from variator.exporters.gate import full_feed
 from variator.toolkit.bundle import Bundle
-from variator.toolkit.stack import RATIO_INPUT, Inputs, head_inputs, inputs_of, neutral
+from variator.toolkit.stack import RATIO_INPUT, Inputs, inputs_of, neutral_inputs
 
 WAYS = ("own graph beside", "neutral plugin", "If around sites", "If around graphs")
 Run = Callable[[Inputs], object]
@@ -218,9 +218,7 @@ def memory(
 
 def held(bundle: Bundle, ratio: int) -> dict[int, Inputs]:
     """What the graphs take at ratio 1 and at `ratio`."""
-    m = bundle.manifest
-    head = head_inputs(None, m.hidden_size) if m.shared and m.shared.head else {}
-    return {1: {**neutral(m.layers, m.hidden_size), **head}, ratio: inputs_of(bundle, ratio)}
+    return {1: neutral_inputs(bundle), ratio: inputs_of(bundle, ratio)}
 
 
 def adapter(bundle: Bundle, shared: Path, ratio: int, scratch: Path) -> Run:

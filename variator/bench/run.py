@@ -109,8 +109,9 @@ def bench(
     built, notes = built_engines(bundle, settings.engines)
     ratios = sorted({1, *(settings.ratios or bundle.ratios)})
     lengths = {length for _, length in settings.shapes}
+    beside = {ratio: inputs_of(bundle, ratio) for ratio in ratios}
     flops = {
-        (ratio, length): count_flops(bundle.graph(ratio), length, inputs_of(bundle, ratio))
+        (ratio, length): count_flops(bundle.graph(ratio), length, beside[ratio])
         for ratio in ratios
         for length in lengths
     }
@@ -119,9 +120,7 @@ def bench(
     memories, compared, plugged, remarks = _both_layouts(bundle, built, ratios, settings, threads, on_stage)
     peers = _peers(bundle, settings, threads, on_stage)
     with contextlib.ExitStack() as stack:
-        runtimes = [
-            stack.enter_context(Runtime.open(bundle, e.record.backend, e.record.precision, threads)) for e in built
-        ]
+        runtimes = [stack.enter_context(Runtime.open(bundle, *layouts.kind_of(e), threads)) for e in built]
         runners = _runners(runtimes, ratios, peers, on_stage)
         for batch, length in settings.shapes:
             on_stage(f"timing {len(runners)} runners at {batch} x {length}")

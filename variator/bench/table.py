@@ -122,16 +122,15 @@ def markdown(record: Record, chosen: Sequence[Shape] = ()) -> str:
     rows: dict[Key, dict[Shape, Result]] = {}
     for row in sorted(record.results, key=_order):
         rows.setdefault(key(row), {})[row.batch, row.sequence] = row
-    lines = [columns + [metric] * bool(metric), ["---"] * 3 + ["---:"] * (len(columns) - 3 + bool(metric))]
+    lines = []
     for found, by_shape in rows.items():
         line = [name(found[0]), found[1], str(found[2])]
         for shape in chosen:
             line += _markdown_cells(record, by_shape.get(shape))
         score = decimal(scores[found].value, 4) if found in scores else MISSING
         lines.append(line + [score] * bool(metric))
-    text = "\n".join("| " + " | ".join(map(_markdown_escape, line)) + " |" for line in lines)
     caption = marked(record, _markdown_escape(header(record)))
-    return f"{caption}\n\n{text}\n"
+    return f"{caption}\n\n{_markdown_table(columns + [metric] * bool(metric), lines, 3)}"
 
 
 # Selections that tables and plots share -------------------------------------------------------------------------------
@@ -501,12 +500,16 @@ def layouts_markdown(record: Record) -> str:
     grids = [_layouts(record), _plugging(record), _memory(record)] if record.layouts else []
     parts = []
     for grid in grids:
-        lines = [[column.replace("\n", " ") for column in grid.columns]]
-        lines.append(["---"] * grid.labels + ["---:"] * (len(grid.columns) - grid.labels))
-        lines += [[_markdown_escape(cell) for cell in row.cells] for row in grid.rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"{_markdown_escape(grid.title)}:\n\n{text}\n\n{_markdown_escape(grid.note)}\n")
+        columns = [column.replace("\n", " ") for column in grid.columns]
+        text = _markdown_table(columns, [row.cells for row in grid.rows], grid.labels)
+        parts.append(f"{_markdown_escape(grid.title)}:\n\n{text}\n{_markdown_escape(grid.note)}\n")
     return "\n".join(parts)
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int) -> str:
+    """A Markdown table; the first `labels` columns hold names, all others figures."""
+    rule = ["---"] * labels + ["---:"] * (len(columns) - labels)
+    return "".join(f"| {' | '.join(map(_markdown_escape, line))} |\n" for line in (columns, rule, *rows))
 
 
 def _markdown_escape(text: str) -> str:

@@ -28,7 +28,7 @@ from variator.errors import BundleError, EngineError, InputError
 from variator.exporters.gate import PER_TOKEN
 from variator.files import inside
 from variator.toolkit.bundle import SHARED_GRAPH, Bundle
-from variator.toolkit.plugin_file import Head, Plugin, load_named, load_plugin, same_head
+from variator.toolkit.plugin_file import Head, Plugin, heads_agree, load_named, load_plugin
 from variator.toolkit.stack import LOGITS, Inputs, check_fits, check_head, graph_inputs, inputs_of
 
 if TYPE_CHECKING:
@@ -378,9 +378,8 @@ class Runtime:
             return Slot(graph, lambda: inputs, head is not None)
 
         slots = {one.config.ratio: slot(one, one.head or head) for one in plugins}
-        heads = [one.head for one in plugins]
-        if head is not None or all(same_head(heads[0], other) for other in heads):
-            slots[1] = slot(None, head or heads[0])
+        if head is not None or heads_agree(plugins):
+            slots[1] = slot(None, head or plugins[0].head)
         return slots
 
     def _run(self, engine: Engine, rows: Sequence[Row]) -> Outputs:

@@ -41,7 +41,7 @@ from variator.toolkit.bundle import (
     write_manifest,
 )
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin_file import Plugin, find_plugin, same_head, save_plugin, untrained_plugin
+from variator.toolkit.plugin_file import Plugin, find_plugin, heads_agree, save_plugin, untrained_plugin
 from variator.toolkit.plugin_format import MAX_RATIO, PLUGIN_FORMAT, PluginConfig, check_ratio
 from variator.toolkit.stack import Inputs, graph_inputs, neutral
 from variator.toolkit.weights import WeightStore
@@ -189,8 +189,8 @@ def _export_ratios(
             _gate(directory / SHARED_GRAPH, cases, 1, beside | neutral(backbone.config.layers, hidden))
         own = graph_inputs(profile, hidden, plugin, plugin.head if plugin else None)
         flops = _flops(graph, entries, own)
-        heads = [one.head for one in ([plugin] if plugin else plugins.values())]
-        with_head = bool(heads) and heads[0] is not None and all(same_head(heads[0], other) for other in heads)
+        bring = [plugin] if plugin else list(plugins.values())
+        with_head = bool(bring) and bring[0].head is not None and heads_agree(bring)
         file = save_plugin(plugin, directory).name if plugin and profile else ""
         entries[ratio] = replace(_entry(graph.name, plugin, flops, error), plugin=file, head=with_head)
     save_cases(cases, directory / GATE_FILE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,13 +69,6 @@ class Head:
         for name, value in zip(HEAD_TENSORS, (self.weight, self.bias), strict=True):
             if not np.isfinite(value).all():
                 raise PluginError(f"{name} holds NaN, infinity or a value beyond fp32", fix="fit the head again")
-
-
-def same_head(one: Head | None, other: Head | None) -> bool:
-    """Whether two heads are the same, value by value."""
-    if one is None or other is None:
-        return one is other
-    return np.array_equal(one.weight, other.weight) and np.array_equal(one.bias, other.bias)
 
 
 @dataclass(frozen=True)
@@ -155,6 +148,33 @@ class Plugin:
             )
 
 
+def heads_agree(plugins: Sequence[Plugin]) -> bool:
+    """Whether plugins bring the same head, value by value, or all none: then it is the head of ratio 1, too."""
+
+    def same(one: Head | None, other: Head | None) -> bool:
+        if one is None or other is None:
+            return one is other
+        return np.array_equal(one.weight, other.weight) and np.array_equal(one.bias, other.bias)
+
+    return all(same(plugins[0].head, plugin.head) for plugin in plugins)
+
+
+def half(tensor: Array, name: str, ratio: int) -> npt.NDArray[np.float16]:
+    """A tensor in fp16, as plugin files and shared graphs hold it, in C order.
+
+    Raises:
+        PluginError: If a value is not finite or too large for the type.
+    """
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(tensor, np.float16)
+    if not np.isfinite(found).all():
+        raise PluginError(
+            f"tensor {name!r} of the ratio-{ratio} plugin is not finite in fp16",
+            fix="train it again with a lower learning rate",
+        )
+    return found
+
+
 def untrained_plugin(backbone: Backbone, config: PluginConfig) -> Plugin:
     """A plugin that was never trained, for speed measurements."""
     from variator.toolkit.plugin import initial_tensors
@@ -178,13 +198,8 @@ def plugin_bytes(plugin: Plugin) -> bytes:
     Raises:
         PluginError: If a value is not finite or too large for the type.
     """
-    with np.errstate(over="ignore"):
-        halves = {name: np.ascontiguousarray(tensor, np.float16) for name, tensor in plugin.tensors.items()}
-    bad = [name for name, tensor in halves.items() if not np.isfinite(tensor).all()]
-    if bad:
-        raise PluginError(f"tensor {bad[0]!r} of the ratio-{plugin.config.ratio} plugin is not finite in fp16",
-                          fix="train it again with a lower learning rate")  # fmt: skip
-    tensors: dict[str, npt.NDArray[Any]] = {**halves}
+    ratio = plugin.config.ratio
+    tensors: dict[str, npt.NDArray[Any]] = {name: half(value, name, ratio) for name, value in plugin.tensors.items()}
     if plugin.head is not None:
         values = (np.ascontiguousarray(value, np.float32) for value in (plugin.head.weight, plugin.head.bias))
         tensors |= dict(zip(HEAD_TENSORS, values, strict=True))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from variator.errors import PluginError
 from variator.toolkit.bundle import Bundle, Manifest, SharedProfile
-from variator.toolkit.plugin_file import Head, Plugin, load_plugin, same_head
+from variator.toolkit.plugin_file import Head, Plugin, half, heads_agree, load_plugin
 from variator.toolkit.plugin_format import layer_operands
 
 Inputs = dict[str, npt.NDArray[Any]]
@@ -57,13 +57,7 @@ def stack(plugin: Plugin) -> Inputs:
     inputs: Inputs = {}
     for name in PLUGIN_INPUTS:
         _, site, operand = name.split(".", 2)
-        with np.errstate(over="ignore"):
-            inputs[name] = np.stack([layer[site][operand] for layer in layers]).astype(np.float16, order="C")
-        if not np.isfinite(inputs[name]).all():
-            raise PluginError(
-                f"{operand!r} of the ratio-{plugin.config.ratio} plugin is not finite in fp16",
-                fix="train it again with a lower learning rate",
-            )
+        inputs[name] = half(np.stack([layer[site][operand] for layer in layers]), operand, plugin.config.ratio)
     return inputs
 
 
@@ -106,11 +100,11 @@ def inputs_of(bundle: Bundle, ratio: int, head: Head | None = None) -> Inputs:
 
 def _common_head(bundle: Bundle) -> Head | None:
     """The head that all plugins of a bundle bring, as its manifest says: that of ratio 1."""
-    plugins = [bundle_plugin(bundle, ratio) for ratio in bundle.ratios if ratio > 1]
-    heads = [plugin.head for plugin in plugins if plugin]
-    if not heads or not all(same_head(heads[0], other) for other in heads):
+    found = (bundle_plugin(bundle, ratio) for ratio in bundle.ratios)
+    plugins = [plugin for plugin in found if plugin]
+    if not plugins or not heads_agree(plugins):
         raise PluginError(f"the plugins of {bundle.path} do not bring the same head", fix="export again")
-    return heads[0]
+    return plugins[0].head
 
 
 def neutral_inputs(bundle: Bundle, head: Head | None = None) -> Inputs:
