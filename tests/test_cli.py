@@ -168,6 +168,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, tmp_path: P
         str(tmp_path / "corpus.txt"),
         "--tokens",
         "64",
+        "--local-steps",
+        "0",
         "--steps",
         "1000000",
         "-o",
@@ -177,7 +179,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, tmp_path: P
     for seconds in (6, 12, 24, 48, 96):  # a slow machine may still be loading torch
         done = interrupt_after(command, seconds)
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        if found := re.search(r"stopped after step (\d+) of 1000000; the state is saved", done.stderr):
+        if found := re.search(
+            r"stopped after step (\d+) of the distillation stage's 1000000; the state is saved", done.stderr
+        ):
             stopped.append(int(found[1]))
         if len(stopped) == 2:
             break
@@ -204,5 +208,5 @@ def test_serving_and_plugging_import_neither_torch_nor_transformers(
 
 def test_the_help_keeps_its_lines() -> None:
     lines = [line.strip() for line in succeed("--help").splitlines()]
-    for command in ("export", "build", "run", "bench", "train"):
+    for command in ("export", "build", "run", "bench", "train", "eval", "finetune"):
         assert any(line.startswith(f"variator {command}") for line in lines)

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from variator.bench.quality import Judge, cosines, read_pairs, sentences
+from variator.bench.quality import Judge, sentences
 from variator.engines.base import Outputs
 from variator.exporters.graph import Compressed
+from variator.tasks.catalogue import TASKS
+from variator.tasks.read import read_split
+from variator.tasks.score import cosines
 from variator.toolkit.checkpoint import Backbone, load_backbone
 from variator.toolkit.plugin_file import SHIPPED, find_plugin
 
@@ -63,7 +66,7 @@ def test_the_shipped_plugins_keep_embeddings_close(minilm: Backbone, ratio: int,
 def test_the_shipped_plugins_keep_the_order_of_similarities(minilm: Backbone, ratio: int) -> None:
     if not STSB.exists():
         pytest.skip("STS-B is not at hand")
-    judge = Judge("embed", lambda texts: encode(minilm, 1, list(texts)), read_pairs(STSB))
+    judge = Judge("embed", lambda texts: encode(minilm, 1, list(texts)), read_split(TASKS["stsb"], "dev", STSB))
     score = next(
         s
         for s in judge.score(lambda t: encode(minilm, ratio, list(t)), ratio, "torch", "fp32")

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from variator.toolkit.corpus import TEXT_FIELDS
+from variator.training.corpus import TEXT_FIELDS
 
 
 def sentences(row: dict[str, object]) -> set[str]:

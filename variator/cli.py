@@ -35,6 +35,13 @@ No plugin for your model yet? Train one first, minutes on a CPU, and export with
 
 \b
   variator train  MODEL --ratio 4 --corpus texts.txt -o plugins
+  variator eval   MODEL --task stsb --ratio 4 --plugin plugins
+
+For a task with labels (mnli, qnli, qqp, rte, sst2, mrpc, squad): a backbone, then plugins adapted to both:
+
+\b
+  variator finetune MODEL --task sst2 -o tuned
+  variator train    tuned --task sst2 --ratio 4 --from plugins -o adapted
 """
 
 app = typer.Typer(
@@ -64,6 +71,12 @@ EngineOption = Annotated[str, typer.Option(help="auto, onnxruntime or openvino."
 PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or int8; the best without int8 by default.")]
 ThreadsOption = Annotated[int, typer.Option(help="Processor threads; 0 means all.", min=0)]
 TaskOption = Annotated[str | None, typer.Option(help="embed, classify, qa or hidden; detected by default.")]
+DatasetOption = Annotated[
+    str | None, typer.Option("--task", help="mnli, qnli, qqp, rte, sst2, mrpc, squad or stsb: adapt to its labels.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Directory with TASK/train*.jsonl(.gz) and dev*; else the hub's `datasets`.")
+]
 NameOption = Annotated[str | None, typer.Option(help="What to call the model; its directory or hub id by default.")]
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory, hub id, or random:bert-base (tiny, minilm, bert-large) for a toy.")
@@ -252,40 +265,80 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         _show_bundle(bundle)
 
 
-@app.command(short_help="Train plugins on plain text.")
+@app.command(short_help="Train plugins on plain text, or adapt them to a task.")
 def train(
     model: ModelArgument,
     ratio: Annotated[list[int], typer.Option(help="Ratios to train, all from one teacher pass.")],
-    corpus: Annotated[list[Path], typer.Option(help=".txt or .jsonl, also .gz; repeat for several files.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the plugin files.")],
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="Plain text, .txt or .jsonl, also .gz; repeat for several files.")
+    ] = None,
+    task: DatasetOption = None,
+    data: DataOption = None,
     rank: Annotated[int, typer.Option(help="Width of the bottleneck.", min=1)] = 64,
     activation: Annotated[str, typer.Option(help="Of the bottleneck: tanh, gelu, gelu_tanh, relu or silu.")] = "tanh",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 800,
-    tokens: Annotated[int, typer.Option(help="Tokens per step.", min=16)] = 1024,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    start: Annotated[Path | None, typer.Option("--from", help="Directory of plugins to go on from.")] = None,
+    dev: Annotated[Path | None, typer.Option(help="STS-B as .jsonl(.gz): keep the plugin that is best on it.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of distillation, end to end.", min=0)] = 3000,
+    local_steps: Annotated[
+        int | None, typer.Option(help="Steps of the layer-local stage before; 800, or 0 with --from.", min=0)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens per batch.", min=16)] = 1024,
+    accumulate: Annotated[int, typer.Option(help="Batches per step (and process).", min=1)] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = 2e-3,
+    local_rate: Annotated[float, typer.Option(help="Peak learning rate of the layer-local stage.")] = 3e-3,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between scores on --dev.", min=1)] = 250,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread the backbone over the processes of `accelerate launch`.")
+    ] = False,
     threads: ThreadsOption = 0,
-    task: TaskOption = None,
+    kind: TaskOption = None,
     name: NameOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plugins that are there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train plugins layer by layer on plain text; Ctrl-C saves, the same command goes on."""
-    from variator.toolkit.checkpoint import load_backbone
-    from variator.toolkit.corpus import read_corpus
-    from variator.toolkit.plugin_format import PluginConfig
-    from variator.toolkit.train import TrainSettings
-    from variator.toolkit.train import train as verb
+    """Train plugins on plain text or on a task: layer by layer, then distilled end to end.
 
-    configs = tuple(PluginConfig(value, rank, activation) for value in ratio)
-    settings = TrainSettings(configs, steps, tokens, learning_rate, seed=seed, threads=threads)
+    Ctrl-C saves, the same command goes on. In several processes: `accelerate launch -m variator train …`.
+    """
+    from variator.toolkit.checkpoint import load_backbone
+    from variator.toolkit.plugin_file import load_named
+    from variator.toolkit.plugin_format import PluginConfig
+    from variator.training.batch import Data
+    from variator.training.corpus import read_corpus
+    from variator.training.labelled import adaptation, development
+    from variator.training.settings import TrainSettings
+    from variator.training.train import train as verb
+
+    if bool(corpus) == bool(task):
+        raise InputError("train on plain text or on a task", valid="either --corpus FILE … or --task NAME")
+
+    before = [load_named(start / f"ratio-{value}.safetensors") for value in ratio] if start else []
+    configs = tuple(plugin.config for plugin in before) or tuple(PluginConfig(k, rank, activation) for k in ratio)
+    settings = TrainSettings(
+        configs,
+        local_steps=(0 if start else 800) if local_steps is None else local_steps,
+        steps=steps,
+        tokens=tokens,
+        accumulate=accumulate,
+        local_rate=local_rate,
+        learning_rate=learning_rate,
+        seed=seed,
+        precision=precision,
+        evaluate_every=evaluate_every,
+        shard=shard,
+        threads=threads,
+    )
     with stages() as on_stage:
-        on_stage("reading the corpus")
-        texts = read_corpus(corpus, seed)
         on_stage("loading the model")
-        backbone = load_backbone(model, task, name)
-    with _training_bar(steps) as on_step:
-        plugins = verb(backbone, texts, settings, output, on_step, overwrite)
+        backbone = load_backbone(model, kind, name)
+        on_stage("reading the texts")
+        texts: Data = adaptation(backbone, task, data) if task else read_corpus(corpus or [], seed)
+        judge = development(backbone, task, data or dev)
+    with _training_bar() as on_step:
+        plugins = verb(backbone, texts, settings, output, on_step, judge, before, overwrite)
     if as_json:
         _print_json(
             {"directory": str(output), "plugins": [asdict(p.config) | {"training": p.training} for p in plugins]}
@@ -304,6 +357,62 @@ def train(
     Console().print(Text(f"in {output}; next: variator export {model} --ratio {ratio[0]} --plugin {output} -o BUNDLE"))
 
 
+@app.command(short_help="Fine-tune a backbone for a task.")
+def finetune(
+    model: ModelArgument,
+    task: Annotated[str, typer.Option(help="mnli, qnli, qqp, rte, sst2, mrpc or squad.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the checkpoint.")],
+    data: DataOption = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
+    batch: Annotated[int, typer.Option(help="Rows per step.", min=1)] = 32,
+    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Fine-tune a backbone for a task with transformers' Trainer; an interrupted run goes on from its last epoch."""
+    from variator.tasks.catalogue import task_named
+    from variator.tasks.read import read_split
+    from variator.training.finetune import FinetuneSettings
+    from variator.training.finetune import finetune as verb
+
+    settings = FinetuneSettings(epochs, learning_rate, batch, seed, overwrite=overwrite)
+    split = read_split(task_named(task), "train", data)
+    with _step_bar(f"{split.label}") as on_step:
+        verb(model, split, output, settings, on_step)
+    Console().print(Text(f"in {output}; next: variator train {output} --task {task} --ratio 4 --from PLUGINS -o DIR"))
+
+
+@app.command("eval", short_help="A task's official scores at every ratio.")
+def evaluate(
+    place: Annotated[str, typer.Argument(help="A bundle, or a checkpoint's directory or hub id.")],
+    task: Annotated[str, typer.Option(help="mnli, qnli, qqp, rte, sst2, mrpc, squad or stsb.")],
+    ratio: Annotated[list[int] | None, typer.Option(help="Ratios beside 1; a bundle's own by default.")] = None,
+    plugin: Annotated[Path | None, typer.Option(help="Directory of plugins, instead of the bundle's or ours.")] = None,
+    data: DataOption = None,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a bundle's engine, or a checkpoint in PyTorch, on a task's development split."""
+    from variator.bench.evaluate import EvalSettings, as_rows
+    from variator.bench.evaluate import evaluate as verb
+    from variator.tasks.catalogue import task_named
+    from variator.tasks.read import read_split
+
+    split = read_split(task_named(task), "dev", data)
+    with stages() as on_stage:
+        settings = EvalSettings(tuple(ratio or ()), plugin, engine, precision, threads)
+        found = verb(place, split, settings, on_stage)
+    if as_json:
+        _print_json([asdict(one) for one in found])
+        return
+    table = Table("ratio", "engine", "precision", *found[0].scores, "change", title=f"{found[0].model}, {split.label}")
+    for row in as_rows(found):
+        table.add_row(*row)
+    Console().print(table)
+
+
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
     """`1x32,8x128` -> ((1, 32), (8, 128))."""
     try:
@@ -314,20 +423,32 @@ def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 @contextmanager
-def _training_bar(steps: int) -> Iterator[Callable[[Any], None]]:
+def _training_bar() -> Iterator[Callable[[Any], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("", total=steps)
+        shown: dict[str, Any] = {}
 
         def on_step(progress: Any) -> None:
+            if progress.stage not in shown:
+                shown[progress.stage] = bar.add_task("", total=progress.steps)
             losses = "  ".join(f"k={ratio} {loss:.4f}" for ratio, loss in progress.loss.items())
-            bar.update(
-                task, completed=progress.step, description=f"loss {losses}  {progress.tokens_per_s:,.0f} tokens/s"
-            )
+            scores = "".join(f"  k={ratio} {score:.4f}" for ratio, score in progress.scores.items())
+            speed = f"{progress.tokens_per_s:,.0f} tokens/s"
+            text = f"{progress.stage}: loss {losses}{'  score' if scores else ''}{scores}  {speed}"
+            bar.update(shown[progress.stage], completed=progress.step, description=text)
 
         yield on_step
+
+
+@contextmanager
+def _step_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=errors, disable=not errors.is_terminal) as bar:
+        shown = bar.add_task(text)
+        yield lambda step, steps: bar.update(shown, completed=step, total=steps)
 
 
 def _show_bundle(path: Path) -> None:

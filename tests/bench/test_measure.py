@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import shutil
 from pathlib import Path
 
@@ -13,15 +11,17 @@ import pytest
 
 from variator.bench.latency import race, race_twice, summarise
 from variator.bench.memory import measure
-from variator.bench.quality import Judge, Pairs, cosines, read_pairs, sentences
+from variator.bench.quality import Judge, sentences
 from variator.bench.record import Record
 from variator.bench.run import BenchSettings, bench
 from variator.bench.table import grids, layouts_markdown
 from variator.engines.base import Outputs
 from variator.engines.build import build
-from variator.errors import CorpusError, EngineError, InputError
+from variator.errors import EngineError, InputError
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
+from variator.tasks.catalogue import TASKS
+from variator.tasks.read import Example, Split
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
 
@@ -71,10 +71,11 @@ def test_quality_is_cosine_and_spearman(monkeypatch: pytest.MonkeyPatch) -> None
     texts = [*sentences(), "a", "b", "c", "d"]
     exact = {text: list(rng.normal(size=8)) for text in texts}
     halved = {text: [v / 2 for v in vector] for text, vector in exact.items()}
-    pairs = Pairs("stsb-dev", ["a", "a", "a"], ["b", "c", "d"], [1.0, 2.0, 3.0])
+    examples = [Example(("a", other), gold) for other, gold in (("b", 1.0), ("c", 2.0), ("d", 3.0))]
+    pairs = Split(TASKS["stsb"], "dev", examples, ())
     judge = Judge("embed", fake(exact), pairs)  # type: ignore[arg-type]
     cosine, spearman = judge.score(fake(halved), 4, "x", "fp32")  # type: ignore[arg-type]
-    assert (cosine.metric, spearman.metric, spearman.split) == ("cosine", "spearman", "stsb-dev")
+    assert (cosine.metric, spearman.metric, spearman.split) == ("cosine", "spearman", "stsb dev (sample: 3 of 1,500)")
     assert cosine.value == pytest.approx(1.0) and spearman.value == pytest.approx(spearman.reference)
     noise = {text: list(np.array(vector) + rng.normal(size=8)) for text, vector in exact.items()}
     assert judge.score(fake(noise), 4, "x", "fp32")[0].value < 0.95  # type: ignore[arg-type]
@@ -93,23 +94,6 @@ def test_classifiers_are_judged_by_agreement() -> None:
     judge = Judge("classify", classes(0), None)  # type: ignore[arg-type]
     score = judge.score(classes(21), 4, "x", "int8")[0]  # type: ignore[arg-type]
     assert (score.metric, score.value) == ("agreement", pytest.approx(1 - 21 / len(sentences())))
-
-
-def test_cosines_of_rows() -> None:
-    a, b = np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), np.array([[0.0, 2.0], [3.0, 3.0]], np.float32)
-    np.testing.assert_allclose(cosines(a, b), [0.0, 1.0], atol=1e-6)
-
-
-def test_stsb_files_are_read_and_bad_rows_are_named(tmp_path: Path) -> None:
-    row = {"sentence1": "a", "sentence2": "b", "label": 3}
-    (tmp_path / "stsb").mkdir()
-    path = tmp_path / "stsb" / "dev.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps(row).encode()))
-    assert read_pairs(path) == Pairs("stsb-dev", ["a"], ["b"], [3.0])
-    for bad in ('{"sentence1": "a"}', "{", '{"sentence1": "a", "sentence2": "b", "label": "x"}'):
-        path.write_bytes(gzip.compress(f"{json.dumps(row)}\n{bad}".encode()))
-        with pytest.raises(CorpusError, match="line 2"):
-            read_pairs(path)
 
 
 def test_a_whole_benchmark_with_peers(built: Bundle, checkpoint: Path, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from variator.engines.base import Feed, Outputs
+from variator.engines.base import Feed
 from variator.engines.quantise import quiet_quantiser
 from variator.exporters.gate import plain_runner
 from variator.exporters.graph import trace
 from variator.files import directory_written_whole, sha256_of_json
 from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.rows import Outputs
 
 
 @dataclass(frozen=True)

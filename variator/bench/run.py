@@ -16,7 +16,7 @@ import numpy as np
 from variator import machine
 from variator.bench import layouts, memory
 from variator.bench.latency import Timing, race
-from variator.bench.quality import Encode, Judge, Pairs, read_pairs
+from variator.bench.quality import Judge
 from variator.bench.record import (
     PEER,
     Flops,
@@ -30,13 +30,16 @@ from variator.bench.record import (
     Record,
     Result,
 )
-from variator.engines.base import Feed, Outputs
+from variator.engines.base import Feed
 from variator.engines.build import BACKENDS, BuiltEngine, find_built
 from variator.engines.runtime import Runtime
 from variator.errors import EngineError, InputError
 from variator.exporters.flops import count_flops
 from variator.exporters.gate import full_feed
+from variator.tasks.catalogue import TASKS
+from variator.tasks.read import Split, read_split
 from variator.toolkit.bundle import SHARED, Bundle
+from variator.toolkit.rows import Encode, Input, Outputs
 from variator.toolkit.stack import inputs_of
 
 if TYPE_CHECKING:
@@ -104,7 +107,7 @@ def bench(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check(bundle, settings)
-    pairs = read_pairs(settings.pairs) if settings.pairs else None
+    pairs = read_split(TASKS["stsb"], "dev", settings.pairs) if settings.pairs else None
     threads = settings.threads or machine.cores()
     built, notes = built_engines(bundle, settings.engines)
     ratios = sorted({1, *(settings.ratios or bundle.ratios)})
@@ -348,7 +351,7 @@ def _quality(
     runtimes: Sequence[Runtime],
     ratios: Sequence[int],
     peers: Sequence[Peer],
-    pairs: Pairs | None,
+    pairs: Split | None,
     on_stage: Callable[[str], None],
 ) -> tuple[list[Quality], list[str]]:
     """Scores of everything that runs, and a note on what they are compared with."""
@@ -378,8 +381,8 @@ def _quality(
 def _batched(encode: Encode) -> Encode:
     """Encode in batches of similar length, rows in the order given."""
 
-    def run(texts: Sequence[str]) -> Outputs:
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    def run(texts: Sequence[Input]) -> Outputs:
+        order = sorted(range(len(texts)), key=lambda index: len(str(texts[index])))
         parts: dict[str, list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]] = {}
         for start in range(0, len(order), QUALITY_BATCH):
             for name, values in encode([texts[i] for i in order[start : start + QUALITY_BATCH]]).items():
@@ -390,7 +393,7 @@ def _batched(encode: Encode) -> Encode:
     return run
 
 
-def _padded_feed(runtime: Runtime, texts: Sequence[str]) -> Feed:
+def _padded_feed(runtime: Runtime, texts: Sequence[Input]) -> Feed:
     rows = runtime.tokenise(list(texts), truncate=True)
     return runtime.feed(rows, max(len(row.ids) for row in rows))
 

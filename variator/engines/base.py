@@ -11,11 +11,10 @@ import numpy.typing as npt
 
 from variator.errors import EngineError
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.rows import Outputs
 
 Feed = Mapping[str, npt.NDArray[np.int64]]
 Arrays = Mapping[str, npt.NDArray[Any]]
-Outputs = dict[str, npt.NDArray[np.float32]]
-
 
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 """What comes with every run; all other inputs are held."""

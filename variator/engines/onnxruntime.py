@@ -17,11 +17,12 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from variator import machine
-from variator.engines.base import Arrays, Feed, Outputs, check_held
+from variator.engines.base import Arrays, Feed, check_held
 from variator.engines.quantise import RECIPE, quantise_dynamic, reduce_range
 from variator.errors import EngineError
 from variator.files import inside
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.rows import Outputs
 from variator.toolkit.weights import INLINE_BYTES, check_external_data, gather
 
 if TYPE_CHECKING:

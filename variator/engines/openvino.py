@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.base import Arrays, Feed, Outputs, check_held
+from variator.engines.base import Arrays, Feed, check_held
 from variator.engines.quantise import RECIPE, quantise_static
 from variator.errors import EngineError
 from variator.exporters.gate import load_cases
 from variator.files import inside
 from variator.toolkit.bundle import GATE_FILE, Bundle
+from variator.toolkit.rows import Outputs
 from variator.toolkit.stack import PLUGIN_INPUTS, inputs_of, neutral_inputs
 from variator.toolkit.weights import check_external_data, gather
 

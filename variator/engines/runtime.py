@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.base import Engine, Outputs
+from variator.engines.base import Engine
 from variator.engines.build import BuiltEngine, find_built, load_engine
 from variator.errors import BundleError, EngineError, InputError
-from variator.exporters.gate import PER_TOKEN
 from variator.files import inside
 from variator.toolkit.bundle import SHARED_GRAPH, Bundle
 from variator.toolkit.plugin_file import Head, Plugin, heads_agree, load_named, load_plugin
+from variator.toolkit.rows import Input, Outputs, Row, place
 from variator.toolkit.stack import LOGITS, Inputs, check_fits, check_head, graph_inputs, inputs_of
 
 if TYPE_CHECKING:
@@ -40,14 +40,8 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TOKENS_PER_RUN = 16384
 """Largest rows x length of one engine call; longer requests run in parts."""
 
-PADDING = {"start_logits": -3.0e4, "end_logits": -3.0e4}
-"""What token outputs hold behind a row's end, so that no answer is found there; 0 for others."""
-
 DEFAULT = "default"
 """Name of the plugins that are in the bundle."""
-
-Input = str | tuple[str, str] | Sequence[int]
-"""A text, a pair of texts, or token ids."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Result:
     """What one request got.
 
     Args:
-        outputs: By name, fp32, one row per input in the order given; token outputs padded by `PADDING`.
+        outputs: By name, fp32, one row per input in the order given; token outputs padded by `rows.PADDING`.
         lengths: Tokens per row.
         plugin: Name of the plugin that served it.
         precision: As read back from the engine.
@@ -74,14 +68,6 @@ class Result:
     load_ms: float
     queue_ms: float
     compute_ms: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tokenised input."""
-
-    ids: Sequence[int]
-    types: Sequence[int]
 
 
 class Slot:
@@ -181,6 +167,11 @@ class Runtime:
         return self._built.record.backend
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer, without truncation or padding. Not to be changed."""
+        return self._tokenizer
+
+    @property
     def loaded(self) -> list[int]:
         """Ratios that can run at once, of any plugin: those asked for so far, or plugged in since."""
         return sorted({ratio for slots in self._plugged.values() for ratio, slot in slots.items() if slot.ready})
@@ -241,7 +232,7 @@ class Runtime:
         """Run a request.
 
         Args:
-            inputs: Texts, pairs of texts, or lists of token ids; at least one.
+            inputs: Texts, pairs of texts, lists of token ids, or such with their types (`Row`); at least one.
             ratio: One that the plugin has; 1 is the uncompressed backbone.
             plugin: A name that is plugged in; `default` is what the bundle holds. If its plugins bring heads, ratio 1
                 has `logits` only if they all bring the same.
@@ -295,6 +286,11 @@ class Runtime:
         return rows
 
     def _tokenise_one(self, index: int, value: Input, truncate: bool) -> Row:
+        if isinstance(value, Row):
+            ids = self._tokenise_one(index, value.ids, truncate).ids
+            if len(value.types) != len(value.ids) or not all(0 <= kind <= 1 for kind in value.types):
+                raise InputError(f"the token types of input {index} do not fit", valid="a 0 or 1 for every token id")
+            return Row(ids, list(value.types)[: len(ids)])
         texts = (value,) if isinstance(value, str) else value
         if isinstance(texts, tuple) and 1 <= len(texts) <= 2 and all(isinstance(text, str) for text in texts):
             if not all(str(text).strip() for text in texts):
@@ -389,7 +385,7 @@ class Runtime:
             for start in range(0, len(indices), max(1, TOKENS_PER_RUN // length)):
                 part = indices[start : start + max(1, TOKENS_PER_RUN // length)]
                 for name, values in engine.run(self.feed([rows[i] for i in part], length)).items():
-                    _place(outputs, name, values, part, lengths)
+                    place(outputs, name, values, part, lengths)
         return outputs
 
     def feed(self, rows: Sequence[Row], length: int) -> dict[str, npt.NDArray[np.int64]]:
@@ -426,18 +422,3 @@ def _buckets(rows: Sequence[Row], limit: int) -> list[tuple[int, list[int]]]:
         length = min(next((b for b in BUCKETS if b >= len(row.ids)), limit), limit)
         found.setdefault(max(length, len(row.ids)), []).append(index)
     return sorted(found.items())
-
-
-def _place(
-    outputs: Outputs, name: str, values: npt.NDArray[np.float32], indices: Sequence[int], lengths: Sequence[int]
-) -> None:
-    """Copy a part's values into the request's, rows in the order given, token outputs up to each row's length."""
-    per_token = name in PER_TOKEN
-    if name not in outputs:
-        shape = (max(lengths), *values.shape[2:]) if per_token else values.shape[1:]
-        outputs[name] = np.full((len(lengths), *shape), PADDING.get(name, 0.0), np.float32)
-    for row, index in enumerate(indices):
-        if per_token:
-            outputs[name][index, : lengths[index]] = values[row, : lengths[index]]
-        else:
-            outputs[name][index] = values[row]

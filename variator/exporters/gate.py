@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from variator.errors import BundleError, GateError
 from variator.toolkit.plugin_file import Head
+from variator.toolkit.rows import PER_TOKEN
 from variator.toolkit.stack import LOGITS
 
 if TYPE_CHECKING:
@@ -138,10 +139,6 @@ def gate_head(hidden: int) -> Head:
 def add_logits(outputs: dict[str, Array], head: Head) -> None:
     """Add what a classifier on the embedding gives."""
     outputs[LOGITS] = outputs["embedding"] @ head.weight.T + head.bias
-
-
-PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits")
-"""Outputs with a sequence dimension."""
 
 
 def _original(backbone: Backbone, tensors: Mapping[str, object]) -> tuple[object, ...]:

@@ -177,6 +177,7 @@ class Encoder(nn.Module):
         plugin: Callable[[int], LayerPlugin] | None = None,
         ratio: int = 1,
         activation: str = "tanh",
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the encoder, with a plugin or without.
 
@@ -187,6 +188,7 @@ class Encoder(nn.Module):
             plugin: Gives each layer's sites by its index; None is ratio 1.
             ratio: The plugin's ratio; S is padded up to a multiple of it once here and cut off at the end.
             activation: The plugin's.
+            states: If given, every layer's output is appended: [batch, S, d] each.
 
         Returns:
             [batch, S, d] last hidden states.
@@ -198,10 +200,17 @@ class Encoder(nn.Module):
             token_type_ids = None if token_type_ids is None else F.pad(token_type_ids, (0, extra))
         x: Tensor = self.embeddings(input_ids, token_type_ids)
         mask = attention_mask.to(x.dtype)
-        scores_mask = ((1.0 - mask) * MASKED)[:, None, None, :]
+        scores_mask = masked_scores(mask)
         for index, layer in enumerate(self.blocks):
             x = layer(x, mask, scores_mask, {} if plugin is None else plugin(index), activation)
+            if states is not None:
+                states.append(x[:, :length])
         return x if plugin is None else x[:, :length]
+
+
+def masked_scores(mask: Tensor) -> Tensor:
+    """mask [batch, S] -> what attention scores get added [batch, 1, 1, S]: 0 on tokens, very negative on padding."""
+    return ((1.0 - mask) * MASKED)[:, None, None, :]
 
 
 def fold_attention(weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:

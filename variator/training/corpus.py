@@ -1,7 +1,7 @@
 """Text files as training batches: read, cut into pieces, drawn by step number alone.
 
 A batch depends on the seed and the step, not on what was drawn before, so a resumed run sees what an
-uninterrupted one would have seen. Called by `toolkit.train`.
+uninterrupted one would have seen. Called by `training.train`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from variator.errors import CorpusError
 from variator.files import sha256_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from variator.toolkit.checkpoint import Backbone
+from variator.training.batch import Batch, fitting, padded
 
 TEXT_FIELDS = (
     "text", "sentence", "sentence1", "sentence2", "question", "question1", "question2",
@@ -51,40 +47,26 @@ class Corpus:
 
     sources: tuple[Source, ...]
 
-    def batch(
-        self, tokenizer: PreTrainedTokenizerBase, seed: int, step: int, tokens: int, limit: int = LONGEST_SPAN
-    ) -> tuple[Tensor, Tensor]:
-        """The batch of one step.
+    def batch(self, backbone: Backbone, seed: str, index: int, tokens: int) -> Batch:
+        """The batch of one index: neighbours in length from one file, cut to `LONGEST_SPAN` and the model's limit.
 
         Args:
-            tokenizer: Of the backbone.
-            seed: Of the run.
-            step: From 0.
+            backbone: Whose tokenizer cuts the texts up.
+            seed: Of the run and stage.
+            index: From 0.
             tokens: Upper bound of rows x length, padding included.
-            limit: Longest row the model allows.
-
-        Returns:
-            input_ids and attention_mask, int64 [rows, length], length at most `LONGEST_SPAN` and `limit`.
         """
-        rng = random.Random(f"{seed}:{step}")
+        rng = random.Random(f"{seed}:{index}")
         pieces = rng.choice(self.sources).pieces
         start = rng.randrange(len(pieces))
         drawn: list[str] = []
         # Twice the characters that the budget needs: tokens per character vary, and the surplus is cut below.
         while len(drawn) < tokens // 4 and sum(map(len, drawn)) < 2 * CHARACTERS_PER_TOKEN * tokens:
             drawn.append(pieces[(start + len(drawn)) % len(pieces)])
-        encoded = tokenizer(drawn, truncation=True, max_length=min(LONGEST_SPAN, limit), padding=False)["input_ids"]
-        kept: list[list[int]] = []
-        longest = 0
-        for ids in encoded:
-            longest = max(longest, len(ids))
-            if kept and longest * (len(kept) + 1) > tokens:
-                break
-            kept.append(ids)
-        longest = max(map(len, kept))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in kept])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in kept])
-        return ids, mask
+        limit = min(LONGEST_SPAN, backbone.max_length)
+        rows = backbone.tokenizer(drawn, truncation=True, max_length=limit, padding=False)["input_ids"]
+        rows = rows[: fitting(rows, tokens)]
+        return Batch(padded(rows), padded([[1] * len(row) for row in rows]))
 
     def record(self) -> list[dict[str, Any]]:
         """What a plugin's training record says about its data."""
@@ -120,6 +102,8 @@ def _texts(path: Path) -> Iterator[str]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if "\0" in text:
+                    raise CorpusError(f"{path}, line {number}: binary data", valid="UTF-8 text")
                 if text:
                     yield from [text] if kind == ".txt" else _fields(path, number, text)
     except UnicodeDecodeError as error:

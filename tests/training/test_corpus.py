@@ -11,7 +11,7 @@ import torch
 
 from variator.errors import CorpusError
 from variator.toolkit.checkpoint import Backbone
-from variator.toolkit.corpus import LONGEST_SPAN, read_corpus
+from variator.training.corpus import LONGEST_SPAN, read_corpus
 
 
 def test_txt_jsonl_and_gz_are_read(tmp_path: Path) -> None:
@@ -37,14 +37,14 @@ def test_a_batch_depends_on_seed_and_step_alone(backbone: Backbone, tmp_path: Pa
     (tmp_path / "b.txt").write_text("\n".join(f"a b c w{i}" for i in range(50)))
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     first, second = read_corpus(paths, 1), read_corpus(paths, 1)
-    later = first.batch(backbone.tokenizer, 1, 7, 256)
-    second.batch(backbone.tokenizer, 1, 3, 256)
-    again = second.batch(backbone.tokenizer, 1, 7, 256)
-    assert torch.equal(later[0], again[0]) and torch.equal(later[1], again[1])
-    assert not torch.equal(later[0], first.batch(backbone.tokenizer, 2, 7, 256)[0])
-    for step in range(20):
-        ids, mask = first.batch(backbone.tokenizer, 1, step, 256)
-        assert ids.numel() <= 256 and mask.sum(dim=1).min() >= 1 and ids.shape[1] <= LONGEST_SPAN
+    later = first.batch(backbone, "1", 7, 256)
+    second.batch(backbone, "1", 3, 256)
+    again = second.batch(backbone, "1", 7, 256)
+    assert torch.equal(later.ids, again.ids) and torch.equal(later.mask, again.mask)
+    assert not torch.equal(later.ids, first.batch(backbone, "2", 7, 256).ids)
+    for index in range(20):
+        batch = first.batch(backbone, "1", index, 256)
+        assert batch.ids.numel() <= 256 and batch.mask.sum(dim=1).min() >= 1 and batch.ids.shape[1] <= LONGEST_SPAN
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,8 @@ def test_a_batch_depends_on_seed_and_step_alone(backbone: Backbone, tmp_path: Pa
         ("a.txt", b"", "no text"),
         ("a.txt", b"\n \n", "no text"),
         ("a.txt", b"good\nna\xefve\n", "line 2: not UTF-8"),
-        ("a.txt", bytes(range(256)), "not UTF-8"),
+        ("a.txt", bytes(range(256)), "line 1: binary"),
+        ("a.txt", b"fine\n\0\0\x01ELF\n", "line 2: binary"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"label": 1}\n', "line 2: no text field"),
         ("a.jsonl", b"[1]\n", "line 1: no text field"),

@@ -1,0 +1,159 @@
+"""The verb `eval`: a task's official scores at every ratio, of a checkpoint in PyTorch or of a bundle's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from variator.errors import InputError, PluginError
+from variator.tasks.read import Split
+from variator.tasks.score import Scores, score
+from variator.toolkit.rows import Encode
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What to score.
+
+    Args:
+        ratios: Beside 1; none takes all that a bundle has.
+        plugins: Directory of plugin files, instead of those that ship or are in the bundle.
+        engine, precision, threads: Of a bundle, as for `Runtime.open`.
+    """
+
+    ratios: tuple[int, ...] = ()
+    plugins: Path | None = None
+    engine: str = "auto"
+    precision: str | None = None
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One ratio's scores.
+
+    Args:
+        split: What they were measured on; says so if it is a sample.
+        scores: By metric, the one that counts first.
+        drop: Relative loss of that metric against ratio 1 of the same engine, 0.01 is 1 %.
+    """
+
+    model: str
+    split: str
+    ratio: int
+    engine: str
+    precision: str
+    scores: Scores
+    drop: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a model at several ratios."""
+
+    model: str
+    task: str
+    engine: str
+    precision: str
+    tokenizer: Tokenizer
+    limit: int
+    encoders: dict[int, Encode]
+
+
+def evaluate(
+    place: str | Path, split: Split, settings: EvalSettings, on_stage: Callable[[str], None] = lambda stage: None
+) -> list[Evaluation]:
+    """Score a bundle or a checkpoint at ratio 1 and the ratios asked for.
+
+    Args:
+        place: A bundle's directory, a checkpoint's directory or a hub id.
+        split: Of a task whose head the model has.
+
+    Raises:
+        InputError: If the model is for another task.
+        PluginError: If there is no plugin of a ratio.
+    """
+    with _opened(place, settings) as subject:
+        if subject.task != split.task.head:
+            raise InputError(
+                f"{subject.model} is a model for task {subject.task!r}, {split.task.name} needs {split.task.head!r}",
+                fix=f"variator finetune MODEL --task {split.task.name} -o DIR makes one",
+            )
+        found: list[Evaluation] = []
+        for ratio, encode in subject.encoders.items():
+            on_stage(f"{split.label} at ratio {ratio}")
+            scores = score(split, encode, subject.tokenizer, subject.limit)
+            whole = found[0].scores if found else scores
+            metric = split.task.metrics[0]
+            drop = 1 - scores[metric] / whole[metric] if whole[metric] else 0.0
+            found.append(Evaluation(subject.model, split.label, ratio, subject.engine, subject.precision, scores, drop))
+        return found
+
+
+@contextmanager
+def _opened(place: str | Path, settings: EvalSettings) -> Iterator[Subject]:
+    if (Path(place) / "manifest.json").exists():
+        with _bundle(Path(place), settings) as subject:
+            yield subject
+    else:
+        yield _checkpoint(str(place), settings)
+
+
+@contextmanager
+def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
+    from variator.engines.runtime import DEFAULT, Runtime
+
+    with Runtime.open(path, settings.engine, settings.precision, settings.threads) as runtime:
+        if settings.plugins is not None:
+            runtime.plug(DEFAULT, settings.plugins)
+        ratios = sorted({1, *(settings.ratios or runtime.plugins[DEFAULT])})
+
+        def encoder(ratio: int) -> Encode:
+            return lambda inputs: runtime.infer(inputs, ratio=ratio, truncate=True).outputs
+
+        manifest = runtime.bundle.manifest
+        yield Subject(
+            manifest.model,
+            manifest.task,
+            runtime.engine,
+            runtime.load(1).precision,
+            runtime.tokenizer,
+            manifest.max_length,
+            {ratio: encoder(ratio) for ratio in ratios},
+        )
+
+
+def _checkpoint(model: str, settings: EvalSettings) -> Subject:
+    from variator.toolkit.checkpoint import load_backbone
+    from variator.toolkit.plugin_file import find_plugin
+    from variator.training.student import answering
+
+    backbone = load_backbone(model)
+    encoders: dict[int, Encode] = {}
+    for ratio in sorted({1, *settings.ratios}):
+        plugin = find_plugin(backbone, ratio, settings.plugins) if ratio > 1 else None
+        if ratio > 1 and plugin is None:
+            raise PluginError(
+                f"there is no plugin of ratio {ratio} for {backbone.id}", fix="--plugin DIR, or train one first"
+            )
+        encoders[ratio] = answering(backbone, plugin)
+    tokenizer = backbone.tokenizer.backend_tokenizer
+    return Subject(backbone.id, backbone.task, "torch", "fp32", tokenizer, backbone.max_length, encoders)
+
+
+def as_rows(found: Sequence[Evaluation]) -> list[list[str]]:
+    """The evaluations as cells: ratio, engine, precision, every metric, and how the first changed."""
+    return [
+        [
+            str(one.ratio),
+            one.engine,
+            one.precision,
+            *(f"{value:.4f}" for value in one.scores.values()),
+            "-" if one.ratio == 1 else f"{-one.drop:+.2%}",
+        ]
+        for one in found
+    ]

@@ -1,0 +1,87 @@
+"""The tasks: the paper's seven and STS-B, with their fields, labels, metrics and full sizes.
+
+Sources: GLUE (Wang et al., ICLR 2019) and SQuAD 1.1 (Rajpurkar et al., EMNLP 2016). Metrics are the official ones;
+the first is the one that plugins are chosen and compared by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from variator.errors import InputError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        head: The model head it needs, a key of `toolkit.heads.OUTPUTS`.
+        fields: Names of a row's texts, in order; `question` and `context` for SQuAD.
+        classes: Number of labels from 0; 0 where the label is a number from 0 to 5, or an answer.
+        metrics: Names of its scores, the one that counts first.
+        hub: Dataset and configuration on the hub, and its split for `dev`; that for `train` is `train`.
+        sizes: Rows (questions) of the full `train` and `dev` splits, to tell a sample.
+    """
+
+    name: str
+    head: str
+    fields: tuple[str, ...]
+    classes: int
+    metrics: tuple[str, ...]
+    hub: tuple[str, str | None, str]
+    sizes: dict[str, int]
+
+
+def _glue(
+    name: str,
+    fields: tuple[str, ...],
+    train: int,
+    dev: int,
+    classes: int = 2,
+    metrics: tuple[str, ...] = ("accuracy",),
+    split: str = "validation",
+) -> Task:
+    return Task(name, "classify", fields, classes, metrics, ("nyu-mll/glue", name, split), {"train": train, "dev": dev})
+
+
+PAIR = ("sentence1", "sentence2")
+QUESTIONS = ("question1", "question2")
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _glue("mnli", ("premise", "hypothesis"), 392_702, 9_815, 3, split="validation_matched"),
+        _glue("qnli", ("question", "sentence"), 104_743, 5_463),
+        _glue("qqp", QUESTIONS, 363_846, 40_430, metrics=("accuracy", "f1")),
+        _glue("rte", PAIR, 2_490, 277),
+        _glue("sst2", ("sentence",), 67_349, 872),
+        _glue("mrpc", PAIR, 3_668, 408, metrics=("accuracy", "f1")),
+        Task(
+            "squad",
+            "qa",
+            ("question", "context"),
+            0,
+            ("f1", "exact_match"),
+            ("rajpurkar/squad", None, "validation"),
+            {"train": 87_599, "dev": 10_570},
+        ),
+        Task(
+            "stsb",
+            "embed",
+            PAIR,
+            0,
+            ("spearman", "pearson"),
+            ("nyu-mll/glue", "stsb", "validation"),
+            {"train": 5_749, "dev": 1_500},
+        ),
+    )
+}
+"""By name. STS-B is scored by the cosine of two embeddings, as its users use such models, not by a regression head."""
+
+
+def task_named(name: str) -> Task:
+    """The task of a name, in any case and with or without hyphens (`SST-2`), else `InputError`."""
+    key = {"mnlim": "mnli", "squad1.1": "squad"}.get(name.lower().replace("-", ""), name.lower().replace("-", ""))
+    if key not in TASKS:
+        raise InputError(f"unknown task {name!r}", valid=", ".join(TASKS))
+    return TASKS[key]

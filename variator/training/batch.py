@@ -1,0 +1,67 @@
+"""A batch, and what gives batches: the neighbour of every training stage. Called by `training.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from variator.toolkit.checkpoint import Backbone
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokenised rows, padded on the right.
+
+    Args:
+        ids, mask: int64 [rows, S].
+        types: int64 [rows, S] token types, None where all are 0.
+        labels: What a task loss needs, by name; empty for plain text.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    types: Tensor | None = None
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        types = None if self.types is None else self.types.to(device)
+        labels = {name: value.to(device) for name, value in self.labels.items()}
+        return Batch(self.ids.to(device), self.mask.to(device), types, labels)
+
+
+class Data(Protocol):
+    """Gives the batch of any index by itself, so that a resumed run sees what an uninterrupted one would have seen."""
+
+    def batch(self, backbone: Backbone, seed: str, index: int, tokens: int) -> Batch:
+        """The batch of an index from 0, of at most `tokens` tokens with padding."""
+        ...
+
+    def record(self) -> list[dict[str, Any]]:
+        """What a plugin's training record says about the data."""
+        ...
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows as one int64 tensor [rows, longest], filled up with 0."""
+    longest = max(map(len, rows))
+    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows])
+
+
+def fitting(rows: Sequence[Sequence[int]], tokens: int) -> int:
+    """How many of the first rows fit a budget of rows x longest row; at least one."""
+    longest = 0
+    for count, row in enumerate(rows):
+        longest = max(longest, len(row))
+        if count and longest * (count + 1) > tokens:
+            return count
+    return len(rows)

@@ -1,0 +1,163 @@
+"""A backbone for a task: transformers' own model and Trainer, no more than put together.
+
+The result is a checkpoint in Hugging Face format that `train --task`, `export` and everything else take. STS-B needs
+none: it is scored by embeddings as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variator.errors import BackboneError, InputError, VariatorError
+from variator.files import directory_written_whole
+from variator.tasks.read import Split
+from variator.toolkit.checkpoint import AUTO_CLASSES, load_backbone
+from variator.training.labelled import items
+from variator.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Settings of a fine-tuning; the defaults are those usual for small encoders.
+
+    Args:
+        epochs: Passes over the training split.
+        learning_rate: Peak of AdamW's linear schedule.
+        batch: Rows per step.
+        seed: Of head and order.
+        precision: fp32, bf16, or `auto`: bf16 where the device has it.
+        overwrite: Whether an existing checkpoint may be replaced.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 5e-5
+    batch: int = 32
+    seed: int = 0
+    precision: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epochs < math.inf or not 0 < self.learning_rate < math.inf or self.batch < 1:
+            raise InputError(
+                f"{self.epochs} epochs at {self.learning_rate} in batches of {self.batch}", valid="positive numbers"
+            )
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"unknown training precision {self.precision!r}", valid="auto, fp32, bf16")
+
+
+def finetune(
+    model: str,
+    split: Split,
+    output: Path,
+    settings: FinetuneSettings,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> Path:
+    """Fine-tune a checkpoint on a task's training split and write it to `output`.
+
+    An interrupted run goes on from its last epoch: what it needs lies beside `output` until it is done.
+
+    Args:
+        model: Directory or hub id of an encoder.
+        on_step: Told the step and how many there are.
+
+    Raises:
+        InputError: For a task that needs no fine-tuned backbone, or an `output` that is there.
+        BackboneError: If the checkpoint cannot be loaded.
+    """
+    import transformers
+
+    if split.task.head not in ("classify", "qa"):
+        raise InputError(
+            f"{split.task.name} is scored by embeddings as they are",
+            valid="a classification task or squad",
+            fix="variator train MODEL --task stsb adapts a plugin to it",
+        )
+    if output.exists() and not settings.overwrite:
+        raise InputError(f"{output} exists already", fix="choose another -o, or pass --overwrite")
+    processes = Processes()
+    rows = _rows(model, split, settings)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    scratch = output.with_name(f".{output.name}.training")
+    options = transformers.TrainingArguments(
+        output_dir=str(scratch),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch,
+        warmup_steps=0.06,  # below 1: a share of the steps
+        weight_decay=0.01,
+        seed=settings.seed,
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and processes.has_bf16()),
+        use_cpu=processes.device.type == "cpu",
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        save_strategy="epoch",
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+
+    class Tell(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            on_step(state.global_step, state.max_steps)
+
+    trainer = transformers.Trainer(
+        model=_with_head(model, split),
+        args=options,
+        train_dataset=rows,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        callbacks=[Tell()],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    result = trainer.train(resume_from_checkpoint=bool(list(scratch.glob("checkpoint-*"))))
+    if not math.isfinite(result.training_loss):
+        raise VariatorError(
+            f"the loss of {split.task.name} is {result.training_loss}", fix="fine-tune with a lower --learning-rate"
+        )
+    if processes.main:
+        with directory_written_whole(output, replace=settings.overwrite) as directory:
+            trainer.model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        _remove(scratch)
+    processes.wait()
+    return output
+
+
+def _rows(model: str, split: Split, settings: FinetuneSettings) -> Any:
+    """The split in the form Trainer takes, tokenised as for plugins."""
+    import datasets
+
+    backbone = load_backbone(model, "hidden")
+    names = {"label": "labels", "start": "start_positions", "end": "end_positions"}
+    rows = []
+    # A sentence-transformers checkpoint may stop short of its position table; what is written here does not.
+    for item in items(split, replace(backbone, max_length=backbone.config.max_length)):
+        (row,) = item.rows
+        types = {"token_type_ids": list(row.types)} if backbone.token_types else {}
+        labels = {names[name]: int(value) for name, value in item.labels.items()}
+        mask = [1] * len(row.ids)
+        rows.append({"input_ids": list(row.ids), "attention_mask": mask, **types, **labels, "length": len(row.ids)})
+    return datasets.Dataset.from_list(rows)
+
+
+def _with_head(model: str, split: Split) -> Any:
+    import transformers
+
+    kind = getattr(transformers, AUTO_CLASSES[split.task.head])
+    heads = {"num_labels": split.task.classes} if split.task.head == "classify" else {}
+    try:
+        return kind.from_pretrained(model, trust_remote_code=False, dtype=torch.float32, **heads)
+    except Exception as error:  # transformers raises many kinds
+        raise BackboneError(f"cannot load {model!r} for {split.task.name}: {error}") from error
+
+
+def _remove(scratch: Path) -> None:
+    import shutil
+
+    shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""A task's training split as batches with labels, and its development split as a judge."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variator.errors import InputError
+from variator.tasks.catalogue import task_named
+from variator.tasks.read import Split, read_split
+from variator.tasks.score import Scores, score
+from variator.tasks.squad import windows
+from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.heads import ClassifyHead
+from variator.toolkit.rows import Encode, Row
+from variator.training.batch import Batch, fitting, padded
+from variator.training.student import tokenise
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example, tokenised: one row, or two for a pair of embeddings; and its label values, by name."""
+
+    rows: tuple[Row, ...]
+    labels: dict[str, float]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.rows)
+
+
+class Labelled:
+    """A split as training data: `training.batch.Data`. Neighbours in length make a batch, drawn by index alone."""
+
+    def __init__(self, split: Split, backbone: Backbone) -> None:
+        check_head(split, backbone)
+        self._split = split
+        self._items = sorted(items(split, backbone), key=lambda item: item.length)
+        self._lengths = [range(item.length) for item in self._items]
+
+    def batch(self, backbone: Backbone, seed: str, index: int, tokens: int) -> Batch:
+        """The batch of one index: see `training.batch.Data`."""
+        start = random.Random(f"{seed}:{index}").randrange(len(self._items))
+        rows = len(self._items[0].rows)
+        count = fitting(self._lengths[start : start + tokens], tokens // rows)
+        chosen = self._items[start : start + count]
+        return together(chosen, backbone.token_types)
+
+    def record(self) -> list[dict[str, Any]]:
+        """What a plugin's training record says about the data."""
+        return [{"task": self._split.label, "files": list(self._split.origin)}]
+
+
+def items(split: Split, backbone: Backbone) -> list[Item]:
+    """Every example (every window of SQuAD) of a split, tokenised."""
+    examples = split.examples
+    if split.task.head == "qa":
+        found = []
+        for window in windows(backbone.tokenizer.backend_tokenizer, examples, backbone.max_length):
+            text, start = examples[window.question].answers[0]
+            first, last = window.answer(start, start + len(text))
+            found.append(Item((window.row,), {"start": first, "end": last}))
+        return found
+    if split.task.head == "embed":
+        # 0 to 5 as a cosine: 5 means the same, 0 nothing in common.
+        return [Item(tuple(tokenise(backbone, e.texts)), {"similarity": e.label / 5}) for e in examples]
+    texts: list[Any] = [e.texts if len(e.texts) > 1 else e.texts[0] for e in examples]
+    rows = tokenise(backbone, texts)
+    return [Item((row,), {"label": example.label}) for row, example in zip(rows, examples, strict=True)]
+
+
+def together(chosen: Sequence[Item], token_types: bool) -> Batch:
+    """Items as one batch: first rows first, then second rows where there are two."""
+    rows = [item.rows[side] for side in range(len(chosen[0].rows)) for item in chosen]
+    labels = {name: torch.tensor([item.labels[name] for item in chosen]) for name in chosen[0].labels}
+    types = padded([row.types for row in rows]) if token_types else None
+    return Batch(padded([row.ids for row in rows]), padded([[1] * len(row.ids) for row in rows]), types, labels)
+
+
+def check_head(split: Split, backbone: Backbone) -> None:
+    """Raise `InputError` unless the backbone has the head that the task needs."""
+    task = split.task
+    if backbone.task != task.head:
+        raise InputError(
+            f"{backbone.id} is a model for task {backbone.task!r}, {task.name} needs {task.head!r}",
+            fix=f"fine-tune one first: variator finetune {backbone.source} --task {task.name} -o DIR",
+        )
+    head = backbone.model.head
+    if isinstance(head, ClassifyHead) and head.output.weight.shape[1] != task.classes:
+        raise InputError(f"{backbone.id} has {head.output.weight.shape[1]} classes, {task.name} has {task.classes}")
+
+
+class TaskJudge:
+    """A split as the development set of training, and of `variator eval`."""
+
+    def __init__(self, split: Split, backbone: Backbone) -> None:
+        check_head(split, backbone)
+        self._split, self._backbone = split, backbone
+        self.metric = f"{split.task.metrics[0]}, {split.label}"
+
+    def scores(self, encode: Encode) -> Scores:
+        """All metrics of whatever answers the split's texts."""
+        return score(self._split, encode, self._backbone.tokenizer.backend_tokenizer, self._backbone.max_length)
+
+    def __call__(self, encode: Encode) -> float:
+        """The metric that counts."""
+        return self.scores(encode)[self._split.task.metrics[0]]
+
+
+def adaptation(backbone: Backbone, task: str, data: Path | None) -> Labelled:
+    """What plugins are adapted on: a task's training split, by its name."""
+    return Labelled(read_split(task_named(task), "train", data), backbone)
+
+
+def development(backbone: Backbone, task: str | None, data: Path | None) -> TaskJudge | None:
+    """What chooses the best of them: the task's development split; without a task, STS-B if its file is given."""
+    if task is None and data is None:
+        return None
+    return TaskJudge(read_split(task_named(task or "stsb"), "dev", data), backbone)

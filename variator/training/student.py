@@ -1,0 +1,79 @@
+"""A student as something that answers texts: PyTorch under an engine's contract, for scores while training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from variator.toolkit.checkpoint import Backbone, Model
+from variator.toolkit.heads import OUTPUTS
+from variator.toolkit.plugin_file import Plugin
+from variator.toolkit.plugin_format import PluginConfig, layer_operands
+from variator.toolkit.rows import Encode, Input, Outputs, Row, place
+from variator.training.batch import fitting, padded
+
+TOKENS_PER_RUN = 8192
+
+
+def student(
+    backbone: Backbone,
+    model: Model,
+    config: PluginConfig | None,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+) -> Encode:
+    """What answers inputs with the outputs of a plugin's tensors, or of ratio 1 for config None.
+
+    Args:
+        backbone: Whose tokenizer and limit hold.
+        model: Its weights, on `device`.
+    """
+    plugin = None if config is None else partial(layer_operands, tensors)
+    ratio, activation = (1, "tanh") if config is None else (config.ratio, config.activation)
+
+    def run(rows: Sequence[Row]) -> dict[str, Tensor]:
+        ids, mask = padded([row.ids for row in rows]), padded([[1] * len(row.ids) for row in rows])
+        types = padded([row.types for row in rows]) if backbone.token_types else None
+        ids, mask = ids.to(device), mask.to(device)
+        hidden = model.encoder(ids, mask, types if types is None else types.to(device), plugin, ratio, activation)
+        return dict(zip(OUTPUTS[backbone.task], model.head(hidden, mask.float()), strict=True))
+
+    def encode(inputs: Sequence[Input]) -> Outputs:
+        rows = tokenise(backbone, inputs)
+        lengths = [len(row.ids) for row in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        outputs: Outputs = {}
+        while order:
+            part = order[: fitting([rows[index].ids for index in order], TOKENS_PER_RUN)]
+            order = order[len(part) :]
+            with torch.no_grad():
+                found = run([rows[index] for index in part])
+            for name, values in found.items():
+                place(outputs, name, values.float().cpu().numpy(), part, lengths)
+        return outputs
+
+    return encode
+
+
+def answering(backbone: Backbone, plugin: Plugin | None) -> Encode:
+    """What answers inputs with a plugin file's tensors in fp32, or with ratio 1 for None."""
+    tensors = {name: torch.tensor(value) for name, value in plugin.tensors.items()} if plugin else {}
+    config = plugin.config if plugin else None
+    return student(backbone, backbone.model, config, tensors, torch.device("cpu"))
+
+
+def tokenise(backbone: Backbone, inputs: Sequence[Input]) -> list[Row]:
+    """Inputs as token ids, cut at the model's limit."""
+    return [value if isinstance(value, Row) else _tokenised(backbone, value) for value in inputs]
+
+
+def _tokenised(backbone: Backbone, value: str | tuple[str, str] | Sequence[int]) -> Row:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, tuple):
+        ids = [int(str(i)) for i in texts][: backbone.max_length]
+        return Row(ids, [0] * len(ids))
+    encoding = backbone.tokenizer(*texts, truncation=True, max_length=backbone.max_length, return_token_type_ids=True)
+    return Row(encoding["input_ids"], encoding["token_type_ids"])

@@ -1,0 +1,426 @@
+"""The verb `train`: a frozen backbone and data -> plugin files, in two stages, to be interrupted at any time.
+
+The layer-local stage (`training.local`) gives a start in minutes; distillation end to end (`training.distil`) makes
+it good. All ratios train side by side on one teacher pass. The same command runs in one process or in several
+(`training.processes`): n processes of one batch each take the same step as one process that accumulates n batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from variator.errors import InputError, VariatorError
+from variator.files import disk_errors, sha256_of_json
+from variator.toolkit.checkpoint import Backbone, Model
+from variator.toolkit.encoder import Linear
+from variator.toolkit.plugin import initial_tensors
+from variator.toolkit.plugin_file import Plugin, save_plugin
+from variator.toolkit.plugin_format import PluginConfig
+from variator.toolkit.rows import Encode
+from variator.training.batch import Batch, Data
+from variator.training.distil import distil_step
+from variator.training.local import local_step
+from variator.training.objective import Losses
+from variator.training.processes import Processes, average_gradients, sharding_asked_for
+from variator.training.settings import TrainSettings
+from variator.training.state import (
+    LOG_FILE,
+    STATE_FILE,
+    Best,
+    State,
+    load_state,
+    log,
+    new_optimizer,
+    save_state,
+)
+from variator.training.student import student
+
+SAVE_EVERY_S = 60.0
+LOG_EVERY = 10
+"""Steps."""
+
+
+class Judge(Protocol):
+    """A development set."""
+
+    metric: str
+    """Name of the metric and the split."""
+
+    def __call__(self, encode: Encode) -> float:
+        """The score of whatever answers its inputs; higher is better."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its name, and the step that leaves gradients in the tensors."""
+
+    name: str
+    steps: int
+    rate: float
+    step: Callable[[Mapping[int, Mapping[str, Tensor]], Batch], dict[int, Losses]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress callback sees after each step: the loss by ratio, and the last scores by ratio."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: dict[int, float]
+    scores: dict[int, float]
+    tokens_per_s: float
+
+
+class InterruptedTrainingError(VariatorError):
+    """Training was stopped by the user and saved."""
+
+
+class DivergedError(VariatorError):
+    """A loss or gradient that is not finite; what was saved before is still there."""
+
+
+@dataclass
+class Run:
+    """One run in one process: what stays the same from step to step."""
+
+    backbone: Backbone
+    data: Data
+    settings: TrainSettings
+    directory: Path
+    judge: Judge | None
+    start: Sequence[Plugin]
+    processes: Processes
+    bf16: bool
+    model: Model
+    stages: Sequence[Stage]
+    key: str
+
+
+def train(
+    backbone: Backbone,
+    data: Data,
+    settings: TrainSettings,
+    directory: Path,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    judge: Judge | None = None,
+    start: Sequence[Plugin] = (),
+    overwrite: bool = False,
+) -> list[Plugin]:
+    """Train plugins and write them to `directory`; resumes an interrupted run of the same settings.
+
+    Args:
+        on_step: Called after every step.
+        judge: Development set: the tensors with a ratio's best score are the ones that are written.
+        start: Plugins to go on from, one per configuration, for a backbone of the same sizes.
+        overwrite: Start anew, whatever finished plugins or interrupted run `directory` holds.
+
+    Returns:
+        The plugins, in the order of `settings.plugins`.
+
+    Raises:
+        InputError: If `directory` holds finished plugins or the state of a run with other settings.
+        InterruptedTrainingError: After Ctrl-C, when the state has been saved.
+        DivergedError: If a loss is not finite, naming the layer; the last good state stays.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    run = _prepare(backbone, data, settings, directory, judge, start)
+    state = _resume(run, overwrite)
+    saved_at = time.monotonic()
+    while (stage := _current(run, state)) is not None:
+        try:
+            with interrupt_deferred():
+                progress = _step(run, stage, state)
+            on_step(progress)
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
+                _save(run, state)
+                saved_at = time.monotonic()
+        except KeyboardInterrupt as interrupt:
+            _save(run, state)
+            raise InterruptedTrainingError(
+                f"stopped after step {state.step} of the {stage.name} stage's {stage.steps}; "
+                + (f"the state is saved in {directory}" if state.step or state.stage else "there was nothing to save"),
+                fix="run the same command again to go on (without --overwrite)",
+            ) from interrupt
+    plugins = [_finished(run, state, config) for config in settings.plugins]
+    if run.processes.main:
+        for plugin in plugins:
+            save_plugin(plugin, directory)
+        (directory / STATE_FILE).unlink(missing_ok=True)
+    run.processes.wait()
+    return plugins
+
+
+def _prepare(
+    backbone: Backbone,
+    data: Data,
+    settings: TrainSettings,
+    directory: Path,
+    judge: Judge | None,
+    start: Sequence[Plugin],
+) -> Run:
+    _check_start(backbone, settings, start)
+    processes = Processes()
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and processes.has_bf16())
+    shard = settings.shard or sharding_asked_for()
+    # Sharding changes a model in place, and a device moves it: the caller's own stays as it is.
+    model = copy.deepcopy(backbone.model) if shard or bf16 or processes.device.type != "cpu" else backbone.model
+    if bf16 and not shard:
+        halve_weights(model)
+    model = processes.place(model, shard)
+    local = partial(local_step, model, settings.plugins)
+    distil = partial(distil_step, model, backbone.task, settings.weights, settings.plugins)
+    stages = [
+        Stage("layer-local", settings.local_steps, settings.local_rate, local),
+        Stage("distillation", settings.steps, settings.learning_rate, distil),
+    ]
+    same = {"threads": 0, "shard": False, "precision": bf16, "accumulate": settings.accumulate * processes.count}
+    judged = judge.metric if judge else ""
+    key = sha256_of_json(
+        [asdict(settings) | same, backbone.fingerprint, data.record(), judged, [plugin.digest for plugin in start]]
+    )
+    used = [stage for stage in stages if stage.steps]
+    return Run(backbone, data, settings, directory, judge, start, processes, bf16, model, used, key)
+
+
+def _check_start(backbone: Backbone, settings: TrainSettings, start: Sequence[Plugin]) -> None:
+    if not start:
+        return
+    if (found := tuple(plugin.config for plugin in start)) != settings.plugins:
+        raise InputError(f"the plugins to go on from are {found}", valid=f"{settings.plugins}")
+    sizes = (backbone.config.layers, backbone.config.hidden_size)
+    for plugin in start:
+        if (plugin.layers, plugin.hidden_size) != sizes:
+            raise InputError(
+                f"the ratio-{plugin.config.ratio} plugin is for {plugin.layers} layers of {plugin.hidden_size}",
+                valid=f"{sizes[0]} layers of {sizes[1]}, as {backbone.id} has",
+            )
+
+
+def _current(run: Run, state: State) -> Stage | None:
+    """The stage that the next step belongs to, begun with a fresh optimiser; None when all are done."""
+    if state.stage < len(run.stages) and state.step >= run.stages[state.stage].steps:
+        state.stage, state.step = state.stage + 1, 0
+        state.optimizers = {r: new_optimizer(tensors, run.processes.device) for r, tensors in state.tensors.items()}
+    return run.stages[state.stage] if state.stage < len(run.stages) else None
+
+
+def _step(run: Run, stage: Stage, state: State) -> Progress:
+    """One optimiser step on all ratios, with log and score where they are due."""
+    started = time.perf_counter()
+    settings, processes = run.settings, run.processes
+    tokens = 0
+    found: list[dict[int, Losses]] = []
+    for index in range(settings.accumulate):
+        place = (state.step * settings.accumulate + index) * processes.count + processes.rank
+        batch = run.data.batch(run.backbone, f"{settings.seed}:{stage.name}", place, settings.tokens)
+        tokens += batch.tokens
+        with processes.autocast(run.bf16):
+            found.append(stage.step(state.tensors, batch.to(processes.device)))
+    rate = one_cycle(state.step, stage.steps, stage.rate, settings.warmup)
+    summaries = {}
+    for ratio, tensors in state.tensors.items():
+        summary = processes.mean(torch.stack([_numbers(losses[ratio]) for losses in found]).mean(dim=0)).tolist()
+        _check_finite(ratio, stage, state.step, summary, run)
+        average_gradients(processes, tensors.values(), 1 / settings.accumulate)
+        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), settings.clip)
+        _check_finite(ratio, stage, state.step, [float(norm)], run)
+        state.optimizers[ratio].param_groups[0]["lr"] = rate
+        state.optimizers[ratio].step()
+        state.optimizers[ratio].zero_grad(set_to_none=True)
+        summaries[ratio] = summary
+        _smooth(state, ratio, summary[1 : 1 + run.backbone.config.layers])
+    state.step += 1
+    speed = processes.count * tokens / (time.perf_counter() - started)
+    _note(run, stage, state, summaries, list(found[0][settings.plugins[0].ratio].terms), rate, speed)
+    scores = _score(run, stage, state)
+    return Progress(stage.name, state.step, stage.steps, {k: s[0] for k, s in summaries.items()}, scores, speed)
+
+
+def _numbers(losses: Losses) -> Tensor:
+    return torch.cat([losses.total.reshape(1), losses.layers, *(term.reshape(1) for term in losses.terms.values())])
+
+
+def _check_finite(ratio: int, stage: Stage, step: int, values: Sequence[float], run: Run) -> None:
+    """Stop before a step that is not finite is taken; `values` are the loss, its layers and its terms."""
+    if all(map(math.isfinite, values)):
+        return
+    layers = values[1 : 1 + run.backbone.config.layers]
+    place = next((index for index, value in enumerate(layers) if not math.isfinite(value)), None)
+    where = "in its gradient" if len(values) == 1 else "behind the last layer" if place is None else f"in layer {place}"
+    kept = f"the state saved last is in {run.directory}" if (run.directory / STATE_FILE).exists() else "nothing is kept"
+    raise DivergedError(
+        f"the loss of ratio {ratio} is no finite number at step {step + 1} of the {stage.name} stage, first {where}; "
+        f"no plugin was written, {kept}",
+        fix="train with a lower --learning-rate (--local-rate in the layer-local stage), and --overwrite",
+    )
+
+
+def _smooth(state: State, ratio: int, errors: Sequence[float]) -> None:
+    before = state.layer_errors.get(ratio, errors)
+    state.layer_errors[ratio] = [0.98 * old + 0.02 * new for old, new in zip(before, errors, strict=True)]
+
+
+def _note(
+    run: Run,
+    stage: Stage,
+    state: State,
+    summaries: Mapping[int, Sequence[float]],
+    terms: Sequence[str],
+    rate: float,
+    speed: float,
+) -> None:
+    if not run.processes.main or (state.step % LOG_EVERY and state.step not in (1, stage.steps)):
+        return
+    loss = {}
+    for ratio, (total, *rest) in summaries.items():
+        layers, others = rest[: -len(terms) or None], rest[len(rest) - len(terms) :]
+        parts = {"total": total, "hidden": sum(layers) / len(layers), **dict(zip(terms, others, strict=True))}
+        loss[str(ratio)] = {name: float(f"{value:.5g}") for name, value in parts.items()}
+    entry = {"stage": stage.name, "step": state.step, "loss": loss, "rate": rate, "tokens_per_s": round(speed)}
+    _log(run, state, entry)
+
+
+def _log(run: Run, state: State, entry: dict[str, Any]) -> None:
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with disk_errors(run.directory / LOG_FILE):
+        log(run.directory, state, entry)
+
+
+def _score(run: Run, stage: Stage, state: State) -> dict[int, float]:
+    """Scores on the development set where they are due, else the last ones; keeps the best tensors."""
+    settings = run.settings
+    due = state.step % settings.evaluate_every == 0 or state.step == stage.steps
+    if run.judge and due and stage is run.stages[-1]:
+        scores = {}
+        for config in settings.plugins:
+            tensors = state.tensors[config.ratio]
+            answers = student(run.backbone, run.model, config, tensors, run.processes.device)
+            with run.processes.autocast(run.bf16):
+                scores[config.ratio] = run.judge(answers)
+            best = state.best.get(config.ratio)
+            if best is None or scores[config.ratio] > best.score:
+                kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+                state.best[config.ratio] = Best(scores[config.ratio], state.step, kept)
+        if run.processes.main:
+            entry = {"stage": stage.name, "step": state.step, "metric": run.judge.metric}
+            _log(run, state, entry | {"score": {str(ratio): score for ratio, score in scores.items()}})
+    last: dict[str, float] = next((entry["score"] for entry in reversed(state.history) if "score" in entry), {})
+    return {int(ratio): score for ratio, score in last.items()}
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Ctrl-C inside the block takes effect behind it, so that no step is half done when the state is saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        raise KeyboardInterrupt
+
+
+def halve_weights(model: Model) -> None:
+    """Make the encoder's linear maps bf16: autocast would cast frozen weights anew at every use."""
+    for module in model.encoder.modules():
+        if isinstance(module, Linear):
+            module.to(torch.bfloat16)
+
+
+def one_cycle(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Learning rate of a step from 0: linear rise over the warm-up, then a cosine down to 0."""
+    position = (step + 1) / steps
+    if position < warmup:
+        return peak * position / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (1 - warmup)))
+
+
+def _resume(run: Run, overwrite: bool) -> State:
+    state = _new_state(run)
+    finished = [c.ratio for c in run.settings.plugins if (run.directory / f"ratio-{c.ratio}.safetensors").exists()]
+    path = run.directory / STATE_FILE
+    if not overwrite and finished and not path.exists():
+        raise InputError(
+            f"{run.directory} already holds plugins for ratios {finished}", fix="another -o, or --overwrite"
+        )
+    if not overwrite and path.exists():
+        load_state(state, run.directory, run.key)
+    elif run.processes.main:
+        path.unlink(missing_ok=True)
+        (run.directory / LOG_FILE).unlink(missing_ok=True)
+    run.processes.wait()
+    return state
+
+
+def _new_state(run: Run) -> State:
+    sizes, device = run.backbone.config, run.processes.device
+    given = {plugin.config: plugin for plugin in run.start}
+    tensors = {}
+    for config in run.settings.plugins:
+        values = initial_tensors(config, sizes.hidden_size, sizes.layers, run.settings.seed)
+        if config in given:
+            values = {name: torch.tensor(given[config].tensors[name], dtype=torch.float32) for name in values}
+        tensors[config.ratio] = {name: value.to(device).requires_grad_() for name, value in values.items()}
+    return State(tensors, {ratio: new_optimizer(values, device) for ratio, values in tensors.items()})
+
+
+def _save(run: Run, state: State) -> None:
+    if run.processes.main:
+        save_state(state, run.directory, run.key)
+
+
+def _finished(run: Run, state: State, config: PluginConfig) -> Plugin:
+    settings, ratio = run.settings, config.ratio
+    best = state.best.get(ratio)
+    record: dict[str, Any] = {
+        "stages": [{"name": s.name, "steps": s.steps, "learning_rate": s.rate} for s in run.stages],
+        "backbone": run.backbone.id,
+        "data": run.data.record(),
+        "tokens_per_step": settings.tokens * settings.accumulate * run.processes.count,
+        "weights": asdict(settings.weights),
+        "seed": settings.seed,
+        "device": run.processes.device.type,
+        "precision": "bf16" if run.bf16 else "fp32",
+        "torch": torch.__version__,
+        "layer_errors": [round(error, 5) for error in state.layer_errors[ratio]],
+        "losses": _curve(state, ratio),
+    }
+    if run.start:
+        record["from"] = next({"sha256": p.digest, **p.training} for p in run.start if p.config == config)
+        record["from"].pop("losses", None)
+    if best is not None and run.judge:
+        scores = [[entry["step"], entry["score"][str(ratio)]] for entry in state.history if "score" in entry]
+        record["score"] = {"metric": run.judge.metric, "value": best.score, "step": best.step, "all": scores}
+    values = best.tensors if best is not None else state.tensors[ratio]
+    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
+    sizes = run.backbone.config
+    return Plugin(
+        config, tensors, run.backbone.family, sizes.layers, sizes.hidden_size, run.backbone.fingerprint, record
+    )
+
+
+def _curve(state: State, ratio: int, most: int = 60) -> list[list[Any]]:
+    """The loss of the hidden states over the run: [stage, step, mean over layers], thinned."""
+    entries = [entry for entry in state.history if "loss" in entry]
+    chosen = entries[:: max(1, len(entries) // most)]
+    return [[entry["stage"], entry["step"], entry["loss"][str(ratio)]["hidden"]] for entry in chosen]
