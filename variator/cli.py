@@ -382,6 +382,28 @@ def finetune(
     Console().print(Text(f"in {output}; next: variator train {output} --task {task} --ratio 4 --from PLUGINS -o DIR"))
 
 
+@app.command("import", short_help="Convert a plugin that the paper's authors released.")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="Their torch state dict, CHECKPOINT.pkl; read without its code.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the plugin file.")],
+    family: Annotated[str, typer.Option(help="Family of the backbone that it was trained for.")] = "t5",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plugin that is there.")] = False,
+) -> None:
+    """Convert a plugin that the paper's authors released into a plugin file."""
+    from variator.toolkit.authors import read_authors_checkpoint
+    from variator.toolkit.plugin_file import save_plugin
+
+    plugin = read_authors_checkpoint(checkpoint, family)
+    path = output / f"ratio-{plugin.config.ratio}.safetensors"
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already", fix="another -o, or --overwrite")
+    save_plugin(plugin, output)
+    sizes = (
+        f"{plugin.layers} layers of {plugin.hidden_size}, rank {plugin.config.rank}, {plugin.parameters:,} parameters"
+    )
+    Console().print(Text(f"{path}: {sizes}"))
+
+
 @app.command("eval", short_help="A task's official scores at every ratio.")
 def evaluate(
     place: Annotated[str, typer.Argument(help="A bundle, or a checkpoint's directory or hub id.")],

@@ -78,7 +78,8 @@ class Plugin:
     Args:
         config: Ratio, rank and activation.
         tensors: fp32, named as `toolkit.plugin_format.tensor_shapes` says.
-        backbone: Fingerprint of the backbone it was trained for.
+        backbone: Fingerprint of the backbone it was trained for; empty where that is not known (imported ones): then it
+            fits every backbone of its family and sizes.
         training: How it was trained; empty for an untrained one.
         head: A small task head that travels with it.
     """
@@ -132,18 +133,23 @@ class Plugin:
                 f"{where}: the head reads {self.head.weight.shape[1]} values", valid=f"{self.hidden_size}", fix=fix
             )
 
-    def check_backbone(self, fingerprint: str, name: str, sizes: tuple[int, int], source: str = "MODEL") -> None:
+    def check_backbone(
+        self, fingerprint: str, name: str, family: str, sizes: tuple[int, int], source: str = "MODEL"
+    ) -> None:
         """Raise `PluginError` unless this plugin was trained for this very backbone.
 
         Args:
-            fingerprint, name, sizes: Of the backbone it is to run with; sizes are its layers and hidden size.
+            fingerprint, name, family, sizes: Of the backbone it is to run with; sizes are its layers and hidden size.
             source: Where that backbone's checkpoint is, for the command in the message.
         """
-        if self.backbone != fingerprint or (self.layers, self.hidden_size) != sizes:
+        known = self.backbone == fingerprint or (not self.backbone and self.family == family)
+        if not known or (self.layers, self.hidden_size) != sizes:
+            whose = f"fingerprint {self.backbone[:12]}" if self.backbone else "weights unknown"
             raise PluginError(
                 f"the ratio-{self.config.ratio} plugin was trained for another backbone "
-                f"({self.family}, {self.layers} layers of {self.hidden_size}, fingerprint {self.backbone[:12]})",
-                valid=f"a plugin for {name} ({sizes[0]} layers of {sizes[1]}, fingerprint {fingerprint[:12]})",
+                f"({self.family}, {self.layers} layers of {self.hidden_size}, {whose})",
+                valid=f"a plugin for {name} ({family}, {sizes[0]} layers of {sizes[1]}, "
+                f"fingerprint {fingerprint[:12]})",
                 fix=f"variator train {source} --ratio {self.config.ratio} --corpus FILE -o DIR",
             )
 
@@ -294,7 +300,7 @@ def find_plugin(backbone: Backbone, ratio: int, directory: Path | None = None) -
             return None
         plugin = load_named(path)
         sizes = (backbone.config.layers, backbone.config.hidden_size)
-        plugin.check_backbone(backbone.fingerprint, backbone.id, sizes, backbone.source)
+        plugin.check_backbone(backbone.fingerprint, backbone.id, backbone.family, sizes, backbone.source)
         return plugin
     for path in sorted(SHIPPED.glob(f"*/ratio-{ratio}.safetensors")):
         plugin = load_plugin(path)

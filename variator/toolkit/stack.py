@@ -149,7 +149,8 @@ def check_fits(plugin: Plugin, manifest: Manifest, where: str) -> None:
             valid="a bundle with layout shared",
             fix="export again with --layout shared",
         )
-    plugin.check_backbone(manifest.backbone, manifest.model, (manifest.layers, manifest.hidden_size))
+    sizes = (manifest.layers, manifest.hidden_size)
+    plugin.check_backbone(manifest.backbone, manifest.model, manifest.family, sizes)
     plugin.check_tensors(where)
     _check_limit(where, "rank", plugin.config.rank, shared.max_rank)
     _check_limit(where, "ratio", plugin.config.ratio, shared.max_ratio)
