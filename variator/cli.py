@@ -363,7 +363,7 @@ def finetune(
     task: Annotated[str, typer.Option(help="mnli, qnli, qqp, rte, sst2, mrpc or squad.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the checkpoint.")],
     data: DataOption = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training split; 2 to 8 by its size.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option(help="Rows per step.", min=1)] = 32,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
@@ -380,6 +380,49 @@ def finetune(
     with _step_bar(f"{split.label}") as on_step:
         verb(model, split, output, settings, on_step)
     Console().print(Text(f"in {output}; next: variator train {output} --task {task} --ratio 4 --from PLUGINS -o DIR"))
+
+
+@app.command(short_help="What every ratio costs on every task: fine-tune, adapt, export, score.")
+def quality(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory that keeps all parts, to go on later.")],
+    task: Annotated[list[str] | None, typer.Option(help="Repeat for several; all eight by default.")] = None,
+    ratio: Annotated[list[int] | None, typer.Option(help="Ratios beside 1; 2, 4 and 8 by default.")] = None,
+    data: DataOption = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Directory of plugins to adapt; else ours.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the adaptation.", min=1)] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the adaptation.")] = 1e-3,
+    engine: EngineOption = "onnxruntime",
+    precision: PrecisionOption = "fp32",
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    name: NameOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the plot here, as SVG.")] = None,
+) -> None:
+    """Per task: fine-tune, adapt, export, build, score. Hours on a CPU; the same command goes on where it stopped."""
+    from variator.bench import tasks
+    from variator.files import write_atomically
+    from variator.tasks.catalogue import TASKS, task_named
+
+    settings = tasks.QualitySettings(
+        output,
+        tuple(task_named(one).name for one in task or TASKS),
+        tuple(ratio or (2, 4, 8)),
+        data,
+        start,
+        steps,
+        learning_rate=learning_rate,
+        engine=engine,
+        precision=precision or "fp32",
+        seed=seed,
+    )
+    with stages() as on_stage:
+        record = tasks.quality(model, settings, _command_line(), name, on_stage)
+    print(tasks.markdown(record), end="")
+    if json_file:
+        write_atomically(json_file, record.to_json())
+    if picture:
+        write_atomically(picture, tasks.plot(record))
 
 
 @app.command("import", short_help="Convert a plugin that the paper's authors released.")

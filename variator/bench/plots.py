@@ -9,7 +9,8 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,13 @@ def series_of(row: Result) -> str:
 
 def plots(record: Record) -> list[Plot]:
     """Every plot that the record has data for."""
+    painters = (_quality_plot, _speedup_plot, _flops_plot, _length_plot, _training_plot, _size_plot)
+    with _style():
+        return [plot for painter in painters if (plot := painter(record))]
+
+
+def _style() -> AbstractContextManager[None]:
+    """The house style, while the block runs."""
     import matplotlib
 
     settings: dict[Any, Any] = {
@@ -113,9 +121,8 @@ def plots(record: Record) -> list[Plot]:
         "axes.titlelocation": "left",
         "lines.markersize": 6.5,
     }
-    with matplotlib.rc_context(settings):
-        painters = (_quality_plot, _speedup_plot, _flops_plot, _length_plot, _size_plot)
-        return [plot for painter in painters if (plot := painter(record))]
+    style: AbstractContextManager[None] = matplotlib.rc_context(settings)
+    return style
 
 
 def _draw(size: tuple[float, float], title: str, paint: Callable[[Axes], None]) -> str:
@@ -377,6 +384,33 @@ def _bars(title: str, values: Sequence[tuple[str, float]]) -> str:
     return _draw((NARROW[0], 1.3 + 0.34 * len(values)), title, paint)
 
 
+def _training_plot(record: Record) -> Plot | None:
+    """Loss curves of the plugins, stage by stage."""
+    curves = {
+        plugin.ratio: [point for point in plugin.training.get("losses", []) if len(point) == 3 and point[2] > 0]
+        for plugin in record.plugins
+    }
+    curves = {ratio: points for ratio, points in curves.items() if len(points) > 1}
+    if not curves:
+        return None
+    stages = list(dict.fromkeys(stage for points in curves.values() for stage, _, _ in points))
+
+    def panel(stage: str) -> Callable[[Axes], None]:
+        def paint(axes: Axes) -> None:
+            for index, (ratio, points) in enumerate(curves.items()):
+                steps = [step for at, step, _ in points if at == stage]
+                losses = [loss for at, _, loss in points if at == stage]
+                axes.plot(steps, losses, color=SERIES[index % len(SERIES)], linewidth=1.2, label=f"k={ratio}")
+            axes.set(title=table.clean(stage), xlabel="step", ylabel="error of the hidden states", yscale="log")
+            axes.legend(loc="upper right")
+
+        return paint
+
+    note = "Mean over layers of the squared error over the teacher's variance, single steps of a noisy curve."
+    drawings = [_draw(NARROW, f"Loss of the {stage} stage", panel(stage)) for stage in stages]
+    return Plot("How the plugins were trained", note, drawings, True)
+
+
 def _curve(axes: Axes, rows: Sequence[Result], x: Sequence[float], y: Sequence[float], index: int, label: str) -> None:
     """A line with markers; the markers of unstable rows are hollow."""
     colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
@@ -406,6 +440,27 @@ def _short(text: str) -> str:
 
 def _percent_tick(value: float, _: float) -> str:
     return f"{100 * value:.0f} %"
+
+
+def line_picture(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, across: str, up: str) -> str:
+    """Lines of shares over shares as an SVG file of its own.
+
+    Args:
+        lines: Label -> x and y, each from 0 to 1.
+        title, across, up: What is drawn, and over what.
+    """
+
+    def paint(axes: Axes) -> None:
+        for index, (label, (x, y)) in enumerate(lines.items()):
+            colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+            axes.plot(x, y, color=colour, marker=marker, linewidth=1.4, label=label)
+        axes.set(title=title, xlabel=across, ylabel=up)
+        axes.xaxis.set_major_formatter(_percent_tick)
+        axes.yaxis.set_major_formatter(_percent_tick)
+        axes.legend(loc="lower left", ncols=2)
+
+    with _style():
+        return standalone(_draw(WIDE, title, paint))
 
 
 def standalone(drawing: str) -> str:

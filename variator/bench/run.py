@@ -430,7 +430,7 @@ def _plugins(bundle: Bundle, ratios: Sequence[int]) -> list[Plugin]:
             entry.plugin_parameters,
             round(entry.plugin_parameters / bundle.manifest.parameters, 5),
             entry.untrained,
-            {key: value for key, value in entry.training.items() if key != "losses"},
+            entry.training,
         )
         for ratio, entry in entries.items()
     ]

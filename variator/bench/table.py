@@ -130,7 +130,7 @@ def markdown(record: Record, chosen: Sequence[Shape] = ()) -> str:
         score = decimal(scores[found].value, 4) if found in scores else MISSING
         lines.append(line + [score] * bool(metric))
     caption = marked(record, _markdown_escape(header(record)))
-    return f"{caption}\n\n{_markdown_table(columns + [metric] * bool(metric), lines, 3)}"
+    return f"{caption}\n\n{markdown_table(columns + [metric] * bool(metric), lines, 3)}"
 
 
 # Selections that tables and plots share -------------------------------------------------------------------------------
@@ -501,12 +501,12 @@ def layouts_markdown(record: Record) -> str:
     parts = []
     for grid in grids:
         columns = [column.replace("\n", " ") for column in grid.columns]
-        text = _markdown_table(columns, [row.cells for row in grid.rows], grid.labels)
+        text = markdown_table(columns, [row.cells for row in grid.rows], grid.labels)
         parts.append(f"{_markdown_escape(grid.title)}:\n\n{text}\n{_markdown_escape(grid.note)}\n")
     return "\n".join(parts)
 
 
-def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int) -> str:
     """A Markdown table; the first `labels` columns hold names, all others figures."""
     rule = ["---"] * labels + ["---:"] * (len(columns) - labels)
     return "".join(f"| {' | '.join(map(_markdown_escape, line))} |\n" for line in (columns, rule, *rows))

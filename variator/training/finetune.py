@@ -27,7 +27,7 @@ class FinetuneSettings:
     """Settings of a fine-tuning; the defaults are those usual for small encoders.
 
     Args:
-        epochs: Passes over the training split.
+        epochs: Passes over the training split; None takes 2 (large) to 8 (a few thousand rows).
         learning_rate: Peak of AdamW's linear schedule.
         batch: Rows per step.
         seed: Of head and order.
@@ -35,7 +35,7 @@ class FinetuneSettings:
         overwrite: Whether an existing checkpoint may be replaced.
     """
 
-    epochs: float = 3.0
+    epochs: float | None = None
     learning_rate: float = 5e-5
     batch: int = 32
     seed: int = 0
@@ -43,7 +43,8 @@ class FinetuneSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.epochs < math.inf or not 0 < self.learning_rate < math.inf or self.batch < 1:
+        usable = self.epochs is None or 0 < self.epochs < math.inf
+        if not usable or not 0 < self.learning_rate < math.inf or self.batch < 1:
             raise InputError(
                 f"{self.epochs} epochs at {self.learning_rate} in batches of {self.batch}", valid="positive numbers"
             )
@@ -86,7 +87,7 @@ def finetune(
     scratch = output.with_name(f".{output.name}.training")
     options = transformers.TrainingArguments(
         output_dir=str(scratch),
-        num_train_epochs=settings.epochs,
+        num_train_epochs=settings.epochs or min(8, max(2, round(36_000 / len(split.examples)))),
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch,
         warmup_steps=0.06,  # below 1: a share of the steps
@@ -101,6 +102,7 @@ def finetune(
         report_to=[],
         disable_tqdm=True,
         logging_strategy="no",
+        logging_nan_inf_filter=False,
     )
 
     class Tell(transformers.TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,235 @@
+"""Adapting plugins to a task, choosing the best by its development split, and fine-tuning the backbone before."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.conftest import lively, write_checkpoint
+from variator.bench.evaluate import EvalSettings, evaluate
+from variator.errors import InputError, PluginError, VariatorError
+from variator.exporters.export import ExportSettings, export
+from variator.tasks.catalogue import TASKS
+from variator.tasks.read import read_split
+from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.plugin_file import save_plugin
+from variator.toolkit.plugin_format import PluginConfig
+from variator.training.finetune import FinetuneSettings, finetune
+from variator.training.labelled import Labelled, TaskJudge, adaptation, development
+from variator.training.objective import Weights, label_loss, output_terms
+from variator.training.settings import TrainSettings
+from variator.training.student import answering
+from variator.training.train import train
+
+PLUGINS = (PluginConfig(2, 8), PluginConfig(4, 8))
+SETTINGS = TrainSettings(PLUGINS, 0, 40, tokens=512, precision="fp32", evaluate_every=20)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Toy tasks that a toy can learn: the label is whether `w1` or `w2` is said; the answer follows `w3`."""
+    directory = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 400), ("dev", 80)):
+        rows = {"sst2": [], "rte": [], "stsb": []}
+        questions = []
+        for _ in range(count):
+            words = [f"w{i}" for i in rng.integers(4, 60, rng.integers(3, 12))]
+            label = int(rng.integers(2))
+            said = [*words, f"w{1 + label}"]
+            rng.shuffle(said)
+            rows["sst2"].append({"sentence": " ".join(said), "label": label})
+            rows["rte"].append({"sentence1": " ".join(said), "sentence2": " ".join(words[:3]), "label": label})
+            other = [f"w{i}" for i in rng.integers(4, 60, 6)]
+            shared = int(rng.integers(6))
+            mixed = " ".join(other[:shared] + words[: 6 - shared])
+            rows["stsb"].append({"sentence1": " ".join(other), "sentence2": mixed, "label": shared})
+            context = " ".join([*words, "w3", f"w{60 + label}", *words[::-1]])
+            answer = {"text": f"w{60 + label}", "answer_start": context.index(f"w{60 + label}")}
+            questions.append({"context": context, "qas": [{"question": "w3 w3", "answers": [answer]}]})
+        for task, lines in rows.items():
+            (directory / task).mkdir(exist_ok=True)
+            (directory / task / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (directory / "squad").mkdir(exist_ok=True)
+        (directory / "squad" / f"{name}.json").write_text(json.dumps({"data": [{"paragraphs": questions}]}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint("bert", tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def tuned(bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The toy, fine-tuned for a classification task of single texts and one of pairs, and for questions."""
+    place = tmp_path_factory.mktemp("tuned")
+    settings = FinetuneSettings(epochs=6, learning_rate=3e-3, precision="fp32")
+    return {
+        task: finetune(str(bert), read_split(TASKS[task], "train", data), place / task, settings)
+        for task in ("sst2", "rte", "squad")
+    }
+
+
+@pytest.mark.parametrize(("task", "least"), [("sst2", 0.9), ("rte", 0.9), ("squad", 0.6)])
+def test_a_fine_tuned_backbone_knows_its_task(tuned: dict[str, Path], data: Path, task: str, least: float) -> None:
+    (whole,) = evaluate(tuned[task], read_split(TASKS[task], "dev", data), EvalSettings())
+    assert whole.scores[TASKS[task].metrics[0]] > least and whole.ratio == 1 and whole.drop == 0
+    assert "sample" in whole.split
+
+
+@pytest.mark.parametrize("task", ["sst2", "rte", "squad", "stsb"])
+def test_adaptation_lowers_the_loss_and_keeps_the_best(
+    tuned: dict[str, Path], checkpoint: Path, data: Path, tmp_path: Path, task: str
+) -> None:
+    backbone = load_backbone(str(tuned.get(task, checkpoint)))
+    start = [replace(lively(backbone, ratio, rank=8), backbone="another") for ratio in (2, 4)]
+    judge = development(backbone, task, data)
+    assert judge is not None
+    train(backbone, adaptation(backbone, task, data), SETTINGS, tmp_path, judge=judge, start=start)
+    log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    losses = [entry["loss"]["4"] for entry in log if "loss" in entry]
+    expected = {"total", "hidden", "task", *(("pooled", "relational") if task == "stsb" else ("logits",))}
+    assert set(losses[0]) == expected and losses[-1]["total"] < losses[0]["total"]
+    scores = {entry["step"]: entry["score"]["4"] for entry in log if "score" in entry}
+    assert sorted(scores) == [20, 40] and all(entry.get("metric", judge.metric) == judge.metric for entry in log)
+    found = evaluate(tuned.get(task, checkpoint), read_split(TASKS[task], "dev", data), EvalSettings((2, 4), tmp_path))
+    assert found[2].scores[TASKS[task].metrics[0]] == pytest.approx(max(scores.values()), abs=0.02)  # fp16 in the file
+
+
+def test_a_bundle_and_its_checkpoint_score_alike(tuned: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    from variator.engines.build import build
+
+    for task in ("rte", "squad"):
+        backbone = load_backbone(str(tuned[task]))
+        plugins, bundle = tmp_path / task / "plugins", tmp_path / task / "bundle"
+        save_plugin(lively(backbone, 4), plugins)
+        export(backbone, bundle, ExportSettings((4,), plugins))
+        build(bundle, "onnxruntime", "fp32")
+        split = read_split(TASKS[task], "dev", data)
+        engine, torch_ = (
+            evaluate(bundle, split, EvalSettings()),
+            evaluate(tuned[task], split, EvalSettings((4,), plugins)),
+        )
+        assert [one.ratio for one in engine] == [one.ratio for one in torch_] == [1, 4]
+        assert [one.engine for one in (*engine, *torch_)] == ["onnxruntime"] * 2 + ["torch"] * 2
+        for ours, theirs in zip(engine, torch_, strict=True):
+            assert ours.scores == pytest.approx(theirs.scores, abs=0.013)  # one of 80 examples on the edge
+        whole, compressed = (one.scores[TASKS[task].metrics[0]] for one in engine)
+        assert engine[1].drop == pytest.approx(1 - compressed / whole)
+
+
+def test_what_does_not_fit_is_said(tuned: dict[str, Path], backbone: Backbone, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"task 'embed', sst2 needs 'classify'(.|\n)*variator finetune"):
+        adaptation(backbone, "sst2", data)
+    with pytest.raises(InputError, match="needs 'classify'"):
+        evaluate(backbone.source, read_split(TASKS["sst2"], "dev", data), EvalSettings())
+    with pytest.raises(PluginError, match="no plugin of ratio 8"):
+        evaluate(tuned["sst2"], read_split(TASKS["sst2"], "dev", data), EvalSettings((8,)))
+    two = load_backbone(str(tuned["sst2"]))
+    row = {"premise": "w1", "hypothesis": "w2", "label": 2}
+    (tmp_path / "mnli").mkdir()
+    (tmp_path / "mnli" / "dev.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="2 classes, mnli has 3"):
+        TaskJudge(read_split(TASKS["mnli"], "dev", tmp_path), two)
+    with pytest.raises(InputError, match="embeddings as they are"):
+        finetune(str(tuned["sst2"]), read_split(TASKS["stsb"], "train", data), tmp_path / "x", FinetuneSettings())
+    with pytest.raises(InputError, match="exists already"):
+        finetune(str(tuned["sst2"]), read_split(TASKS["sst2"], "train", data), tuned["sst2"], FinetuneSettings())
+    assert development(backbone, None, None) is None
+    for wrong in ({"epochs": 0}, {"learning_rate": math.nan}, {"batch": 0}, {"precision": "fp8"}):
+        with pytest.raises(InputError):
+            FinetuneSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_fine_tuning_goes_on_from_its_epoch(bert: Path, data: Path, tmp_path: Path) -> None:
+    split = read_split(TASKS["sst2"], "train", data)
+    settings = FinetuneSettings(epochs=2, precision="fp32")
+    steps: list[int] = []
+
+    def stop(step: int, of: int) -> None:
+        steps.append(step)
+        if len(steps) == 20:  # of 13 in an epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(str(bert), split, tmp_path / "out", settings, stop)
+    assert not (tmp_path / "out").exists()
+    finetune(str(bert), split, tmp_path / "out", settings, stop)
+    assert steps == [*range(1, 21), *range(14, 27)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_fine_tuning_that_diverges_writes_nothing(bert: Path, data: Path, tmp_path: Path) -> None:
+    split = read_split(TASKS["sst2"], "train", data)
+    with pytest.raises(VariatorError, match="lower --learning-rate"):
+        finetune(str(bert), split, tmp_path / "out", FinetuneSettings(epochs=1, learning_rate=1e30, precision="fp32"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_have_labels_and_depend_on_their_index_alone(tuned: dict[str, Path], data: Path) -> None:
+    backbone = load_backbone(str(tuned["squad"]))
+    found = Labelled(read_split(TASKS["squad"], "train", data), backbone)
+    batch, again = (found.batch(backbone, "0", 3, 256) for _ in range(2))
+    assert torch.equal(batch.ids, again.ids) and not torch.equal(batch.ids, found.batch(backbone, "0", 4, 256).ids)
+    assert batch.ids.numel() <= 256 and batch.types is not None and set(batch.labels) == {"start", "end"}
+    tokens = backbone.tokenizer.convert_ids_to_tokens(batch.ids[torch.arange(len(batch.ids)), batch.labels["start"]])
+    assert set(tokens) <= {"w60", "w61"} and tokens
+
+
+def test_embeddings_come_in_pairs(backbone: Backbone, data: Path) -> None:
+    found = Labelled(read_split(TASKS["stsb"], "train", data), backbone)
+    batch = found.batch(backbone, "0", 1, 256)
+    assert batch.ids.numel() <= 256 and len(batch.ids) == 2 * len(batch.labels["similarity"])
+    assert float(batch.labels["similarity"].min()) >= 0 and float(batch.labels["similarity"].max()) <= 1
+
+
+def test_a_student_is_the_module_that_is_exported(backbone: Backbone) -> None:
+    plugin = lively(backbone, 4)
+    texts = ["w1 w2 w3", "w4", " ".join(f"w{i}" for i in range(50))]
+    together = answering(backbone, plugin)(texts)["embedding"]
+    alone = np.concatenate([answering(backbone, plugin)([text])["embedding"] for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert not np.allclose(together, answering(backbone, None)(texts)["embedding"], atol=1e-2)
+
+
+def test_a_student_that_answers_as_its_teacher_costs_nothing_and_padding_does_not_count() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 1]])
+    for task, shapes in (("embed", [(2, 8)]), ("classify", [(2, 3)]), ("classify", [(2, 1)]), ("qa", [(2, 4), (2, 4)])):
+        teacher = [torch.randn(shape) for shape in shapes]
+        other = [torch.randn(shape) for shape in shapes]
+        assert all(float(t) == pytest.approx(0, abs=1e-6) for t in output_terms(task, teacher, teacher, mask).values())
+        assert all(float(t) > 1e-3 for t in output_terms(task, other, teacher, mask).values())
+    starts, ends = teacher
+    moved = starts + torch.tensor([[0, 0, 0, 7.0], [0, 0, 0, 0]])
+    assert float(output_terms("qa", [moved, ends], teacher, mask)["logits"]) == pytest.approx(0, abs=1e-6)
+    assert output_terms("hidden", [torch.randn(2, 4, 8)], [torch.randn(2, 4, 8)], mask) == {}
+
+
+def test_label_losses_are_the_tasks_own() -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(4, 5)
+    logits, classes = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    assert label_loss("classify", [logits], {"label": classes}, mask) == F.cross_entropy(logits, classes)
+    starts, ends, at = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    expected = (F.cross_entropy(starts, at) + F.cross_entropy(ends, at)) / 2
+    torch.testing.assert_close(label_loss("qa", [starts, ends], {"start": at, "end": at}, mask), expected)
+    same = torch.randn(2, 8)
+    pairs = [torch.cat([same, same * 3])]
+    assert float(label_loss("embed", pairs, {"similarity": torch.ones(2)}, mask)) == pytest.approx(0, abs=1e-6)
+    assert float(label_loss("embed", pairs, {"similarity": torch.zeros(2)}, mask)) == pytest.approx(1, abs=1e-6)
+
+
+def test_weights_are_checked() -> None:
+    with pytest.raises(InputError, match="pooled"):
+        Weights(pooled=-1)
+    with pytest.raises(InputError, match="task"):
+        Weights(task=math.inf)

@@ -1,0 +1,356 @@
+"""The verb `quality`: per task a fine-tuned backbone, adapted plugins, a bundle and its scores; one record of all.
+
+Hours on a CPU, so every part is kept in the working directory as soon as it is done, and the same command goes on
+where it stopped. What is scored is what is deployed: the exported graphs in an engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from variator import machine
+from variator.bench.evaluate import EvalSettings, evaluate
+from variator.bench.record import Machine
+from variator.errors import InputError, VariatorError
+from variator.files import sha256_of_json, write_atomically
+from variator.tasks.catalogue import TASKS, Task
+from variator.tasks.read import Split, read_split
+from variator.toolkit.bundle import Bundle
+from variator.toolkit.plugin_format import check_ratio
+
+SCHEMA = "variator.quality/1"
+LENGTHS = {"squad": 384}
+"""Tokens at which a task's FLOPs are counted, where it is not the usual length."""
+
+USUAL_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """What to measure, and how plugins are adapted.
+
+    Args:
+        work: Directory that keeps all parts.
+        tasks: Names of tasks; all by default.
+        ratios: Beside 1.
+        data: Directory of local files, as for `tasks.read`; None loads from the hub.
+        plugins: Directory of pre-trained plugins to adapt; None takes those that ship for the backbone.
+        steps, tokens, learning_rate: Of the adaptation.
+        engine, precision: That scores.
+        seed: Of everything.
+    """
+
+    work: Path
+    tasks: tuple[str, ...] = tuple(TASKS)
+    ratios: tuple[int, ...] = (2, 4, 8)
+    data: Path | None = None
+    plugins: Path | None = None
+    steps: int = 1000
+    tokens: int = 1024
+    learning_rate: float = 1e-3
+    engine: str = "onnxruntime"
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown or not self.tasks:
+            raise InputError(f"tasks {unknown}", valid=", ".join(TASKS))
+        if not self.ratios or 1 in map(check_ratio, self.ratios):
+            raise InputError(f"ratios {self.ratios}", valid="2 or more; ratio 1 is always measured")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task at one ratio.
+
+    Args:
+        split: What was scored; says so if it is a sample.
+        trained: What was trained on, likewise.
+        scores: All metrics; `metric` is the one that counts, `value` its score and `reference` that of ratio 1.
+        drop: Relative loss, 0.01 is 1 %.
+        sequence: Tokens at which `flops_saved`, a share of the encoder's, was counted in the exported graph.
+        parameters: Of the plugin; `share` of the backbone's.
+        engine, precision: As read back.
+    """
+
+    task: str
+    split: str
+    trained: str
+    ratio: int
+    metric: str
+    value: float
+    reference: float
+    drop: float
+    scores: dict[str, float]
+    sequence: int
+    flops_saved: float
+    parameters: int
+    share: float
+    engine: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class QualityRecord:
+    """Everything that the table and the plot are printed from; schema `variator.quality/1`."""
+
+    machine: Machine
+    model: str
+    command: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    schema: str = SCHEMA
+
+    def to_json(self) -> str:
+        """JSON text of the record."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> QualityRecord:
+        """Read a record.
+
+        Raises:
+            InputError: If it is of another schema or damaged.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["schema"] != SCHEMA:
+                raise InputError(f"{path} has schema {found['schema']!r}", valid=SCHEMA)
+            rows = [Row(**row) for row in found["rows"]]
+            return QualityRecord(**{**found, "machine": Machine(**found["machine"]), "rows": rows})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is no record of quality: {error!r}", valid=SCHEMA) from error
+
+
+def quality(
+    model: str,
+    settings: QualitySettings,
+    command: str,
+    name: str | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> QualityRecord:
+    """Measure what ratios cost on tasks; goes on where an interrupted call with the same settings stopped.
+
+    Args:
+        model: Checkpoint to fine-tune; for STS-B it is taken as it is.
+        command: How this was called, for the record.
+        name: What to call the model.
+
+    Raises:
+        InputError: If the working directory holds another model's or other settings' parts.
+    """
+    from variator.toolkit.checkpoint import load_backbone
+
+    backbone = load_backbone(model, "hidden", name)
+    chosen = asdict(settings) | {"work": "", "data": str(settings.data), "plugins": str(settings.plugins)}
+    # Which tasks are asked for does not change any task's parts.
+    key = sha256_of_json([chosen | {"tasks": ()}, backbone.fingerprint])
+    settings.work.mkdir(parents=True, exist_ok=True)
+    mark = settings.work / "settings.sha256"
+    if mark.exists() and mark.read_text(encoding="utf-8") != key:
+        raise InputError(f"{settings.work} holds the parts of another model or other settings", fix="another -o")
+    write_atomically(mark, key)
+    rows: list[Row] = []
+    for task in settings.tasks:
+        rows += _task(TASKS[task], model, backbone.id, settings, on_stage)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    here = Machine(
+        machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now
+    )
+    packages = ("variator", "onnxruntime", "openvino", "torch", "transformers")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    notes = ["The best of several scores on the same development split was kept, as in the paper: a little flattered."]
+    return QualityRecord(here, backbone.id, command, versions, chosen, rows, notes)
+
+
+def _task(task: Task, model: str, name: str, settings: QualitySettings, on_stage: Callable[[str], None]) -> list[Row]:
+    """One task's rows: read if they are there, else made, part by part."""
+    place = settings.work / task.name
+    done = place / "rows.json"
+    if done.exists():
+        return [Row(**row) for row in json.loads(done.read_text(encoding="utf-8"))]
+    train, dev = read_split(task, "train", settings.data), read_split(task, "dev", settings.data)
+    tuned = _tuned(train, model, place, settings, on_stage)
+    plugins = _adapted(train, dev, tuned, model, place, settings, on_stage)
+    bundle = _bundle(tuned, f"{name}-{task.name}", plugins, place, settings, on_stage)
+    chosen = EvalSettings(engine=settings.engine, precision=settings.precision)
+    found = evaluate(bundle.path, dev, chosen, lambda stage: on_stage(f"{task.name}: scoring {stage}"))
+    rows = [_row(one.ratio, one.scores, one.drop, one.engine, one.precision, bundle, train, dev) for one in found]
+    rows = [dataclasses.replace(row, reference=rows[0].value) for row in rows]
+    write_atomically(done, json.dumps([asdict(row) for row in rows], indent=1))
+    return rows
+
+
+def _tuned(train: Split, model: str, place: Path, settings: QualitySettings, on_stage: Callable[[str], None]) -> str:
+    """The checkpoint that knows the task."""
+    from variator.training.finetune import FinetuneSettings, finetune
+
+    task = train.task
+    if task.head == "embed":
+        return model
+    output = place / "backbone"
+    if not output.exists():
+        on_stage(f"{task.name}: fine-tuning the backbone")
+        tell = _every(lambda step, steps: on_stage(f"{task.name}: fine-tuning, step {step} of {steps}"))
+        finetune(model, train, output, FinetuneSettings(seed=settings.seed), tell)
+    return str(output)
+
+
+def _adapted(
+    train: Split,
+    dev: Split,
+    tuned: str,
+    model: str,
+    place: Path,
+    settings: QualitySettings,
+    on_stage: Callable[[str], None],
+) -> Path:
+    """The plugins, adapted to backbone and task."""
+    from variator.toolkit.checkpoint import load_backbone
+    from variator.toolkit.plugin_file import find_plugin, load_named
+    from variator.training.labelled import Labelled, TaskJudge
+    from variator.training.settings import TrainSettings
+    from variator.training.train import train as verb
+
+    output = place / "plugins"
+    if all((output / f"ratio-{ratio}.safetensors").exists() for ratio in settings.ratios):
+        return output
+    original = load_backbone(model, "hidden")
+    start = []
+    for ratio in settings.ratios:
+        if settings.plugins is not None:
+            found = load_named(settings.plugins / f"ratio-{ratio}.safetensors")
+        else:
+            found = find_plugin(original, ratio)  # type: ignore[assignment]
+        if found is None:
+            raise VariatorError(f"no plugin of ratio {ratio} ships for {original.id}", fix="--from DIR")
+        start.append(found)
+    backbone = load_backbone(tuned)
+    chosen = TrainSettings(
+        tuple(plugin.config for plugin in start),
+        local_steps=0,
+        steps=settings.steps,
+        tokens=settings.tokens,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        evaluate_every=max(1, settings.steps // 4),
+    )
+    tell = _every(lambda step, steps: on_stage(f"{train.task.name}: adapting, step {step} of {steps}"))
+    judge = TaskJudge(dev, backbone)
+    data = Labelled(train, backbone)
+    verb(backbone, data, chosen, output, lambda p: tell(p.step, p.steps), judge, start)
+    return output
+
+
+def _bundle(
+    tuned: str,
+    name: str,
+    plugins: Path,
+    place: Path,
+    settings: QualitySettings,
+    on_stage: Callable[[str], None],
+) -> Bundle:
+    """The exported bundle with its engine."""
+    from variator.engines.build import build
+    from variator.exporters.export import ExportSettings, export
+
+    path = place / "bundle"
+    if not path.exists():
+        on_stage(f"{name}: exporting")
+        export(tuned, path, ExportSettings(settings.ratios, plugins), name=name)
+    build(path, settings.engine, settings.precision, on_stage=lambda stage: on_stage(f"{name}: {stage}"))
+    return Bundle.open(path)
+
+
+def _row(
+    ratio: int,
+    scores: dict[str, float],
+    drop: float,
+    engine: str,
+    precision: str,
+    bundle: Bundle,
+    train: Split,
+    dev: Split,
+) -> Row:
+    from variator.exporters.flops import count_flops
+
+    entry, sequence = bundle.ratio(ratio), LENGTHS.get(dev.task.name, USUAL_LENGTH)
+    whole, here = (count_flops(bundle.path / bundle.ratio(one).graph, sequence)["total"] for one in (1, ratio))
+    metric = dev.task.metrics[0]
+    return Row(
+        task=dev.task.name,
+        split=dev.label,
+        trained=train.label,
+        ratio=ratio,
+        metric=metric,
+        value=round(scores[metric], 5),
+        reference=0.0,
+        drop=round(drop, 5),
+        scores={name: round(value, 5) for name, value in scores.items()},
+        sequence=sequence,
+        flops_saved=round(1 - here / whole, 4),
+        parameters=entry.plugin_parameters,
+        share=round(entry.plugin_parameters / bundle.manifest.parameters, 5),
+        engine=engine,
+        precision=precision,
+    )
+
+
+def _every(tell: Callable[[int, int], None], steps: int = 10) -> Callable[[int, int], None]:
+    """Pass on every tenth step alone."""
+    return lambda step, of: tell(step, of) if step % steps == 0 else None
+
+
+def mean_drop(rows: Sequence[Row], ratio: int) -> tuple[float, int]:
+    """Mean relative drop over the paper's tasks (without STS-B) at a ratio, and how many tasks there are."""
+    drops = [row.drop for row in rows if row.ratio == ratio and row.task != "stsb"]
+    return (sum(drops) / len(drops) if drops else float("nan")), len(drops)
+
+
+def markdown(record: QualityRecord) -> str:
+    """The record as a Markdown table: a line per task, a column per ratio with the score and how it changed."""
+    from variator.bench.table import markdown_table
+
+    ratios = sorted({row.ratio for row in record.rows})
+    lines = []
+    for task in dict.fromkeys(row.task for row in record.rows):
+        mine = {row.ratio: row for row in record.rows if row.task == task}
+        first = mine[1]
+        cells = [f"{mine[k].value:.4f}" + (f" ({-mine[k].drop:+.1%})" if k > 1 else "") for k in ratios]
+        lines.append([first.split, first.metric, *cells, first.trained])
+    means = [mean_drop(record.rows, ratio) for ratio in ratios]
+    count = means[0][1]
+    lines.append([f"mean of {count} without stsb", "", "", *(f"{-mean:+.1%}" for mean, _ in means[1:]), ""])
+    for title, value in (("FLOPs saved at 128 tokens", "flops_saved"), ("parameters added", "share")):
+        found = {row.ratio: getattr(row, value) for row in record.rows if row.sequence == USUAL_LENGTH}
+        lines.append([title, "", *(f"{found.get(ratio, float('nan')):.1%}" for ratio in ratios), ""])
+    columns = ["task", "metric", *(f"ratio {ratio}" for ratio in ratios), "trained on"]
+    caption = f"{record.model} \\| {record.machine.cpu}, {record.machine.cores} cores \\| {record.machine.date}"
+    return f"{caption}\n\n{markdown_table(columns, lines, 2)}"
+
+
+def plot(record: QualityRecord) -> str:
+    """The record as an SVG file: what is kept of each task's score, against the FLOPs saved."""
+    from variator.bench.plots import line_picture
+
+    lines = {}
+    for task in dict.fromkeys(row.task for row in record.rows):
+        mine = sorted((row for row in record.rows if row.task == task), key=lambda row: row.flops_saved)
+        lines[task] = ([row.flops_saved for row in mine], [1 - row.drop for row in mine])
+    return line_picture(lines, f"{record.model}: score kept, by task", "FLOPs saved", "share of ratio 1's score")
+
+
+if __name__ == "__main__":  # python -m variator.bench.tasks RECORD.json: the table of the README again
+    import sys
+
+    print(markdown(QualityRecord.load(Path(sys.argv[1]))), end="")
