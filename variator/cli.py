@@ -19,6 +19,7 @@ from rich.text import Text
 
 import variator
 from variator.errors import InputError, VariatorError
+from variator.toolkit.plugin_format import Key, parse_key
 
 GUIDE = """Make a frozen Transformer encoder faster with small plugins, and choose how much per request.
 
@@ -98,7 +99,8 @@ def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory.")],
     ratio: Annotated[
-        list[int], typer.Option(help="Hidden vectors merged into one; repeat for several. 1 is always in.")
+        list[str],
+        typer.Option(help="Hidden vectors merged into one, or a setting's name; repeat for several. 1 is always in."),
     ],
     plugin: Annotated[Path | None, typer.Option(help="Directory of trained plugins; else those that ship.")] = None,
     task: TaskOption = None,
@@ -117,7 +119,7 @@ def export(
     from variator.exporters.export import ExportSettings
     from variator.exporters.export import export as verb
 
-    settings = ExportSettings(tuple(ratio), plugin, untrained, rank, overwrite, layout)
+    settings = ExportSettings(keys(ratio), plugin, untrained, rank, overwrite, layout)
     with stages() as on_stage:
         bundle = verb(model, output, settings, task, name, on_stage)
     if as_json:
@@ -162,7 +164,7 @@ def build(
 def run(
     bundle: BundleArgument,
     text: Annotated[list[str], typer.Option(help="A text; repeat for several.")],
-    ratio: Annotated[int, typer.Option(help="A ratio that the plugin has.")] = 1,
+    ratio: Annotated[str, typer.Option(help="A ratio that the plugin has, or a setting's name.")] = "1",
     plugin: Annotated[
         Path | None, typer.Option(help="Plugin file or directory instead of the bundle's own (layout shared).")
     ] = None,
@@ -178,7 +180,7 @@ def run(
     with Runtime.open(bundle, engine, precision, threads) as runtime:
         if plugin is not None:
             runtime.plug(DEFAULT, plugin)
-        result = runtime.infer(text, ratio=ratio, truncate=truncate)
+        result = runtime.infer(text, ratio=parse_key(ratio), truncate=truncate)
         picked = runtime.picked
     if as_json:
         record = asdict(result) | {"outputs": {name: values.tolist() for name, values in result.outputs.items()}}
@@ -198,7 +200,7 @@ def bench(
     bundle: BundleArgument,
     engine: Annotated[list[str] | None, typer.Option(help="Built engines to measure; all by default.")] = None,
     shapes: Annotated[str, typer.Option(help="Batch x length, comma-separated.")] = "1x32,1x128,8x128,32x64",
-    ratio: Annotated[list[int] | None, typer.Option(help="Ratios to measure; all by default.")] = None,
+    ratio: Annotated[list[str] | None, typer.Option(help="Ratios or names to measure; all by default.")] = None,
     model: Annotated[str | None, typer.Option(help="The checkpoint, to measure the plain libraries beside us.")] = None,
     stsb: Annotated[Path | None, typer.Option(help="STS-B as .jsonl(.gz), for Spearman's correlation.")] = None,
     runs: Annotated[int, typer.Option(help="Timed rounds per shape.", min=5)] = 15,
@@ -231,7 +233,7 @@ def bench(
     settings = BenchSettings(
         tuple(engine or ()),
         parse_shapes(shapes),
-        tuple(ratio or ()),
+        keys(ratio),
         runs,
         budget,
         model,
@@ -268,15 +270,27 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 @app.command(short_help="Train plugins on plain text, or adapt them to a task.")
 def train(
     model: ModelArgument,
-    ratio: Annotated[list[int], typer.Option(help="Ratios to train, all from one teacher pass.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the plugin files.")],
+    ratio: Annotated[
+        list[str] | None, typer.Option(help="Ratios to train, all from one teacher pass; with --from also names.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the FLOPs to save, 0.5: a ratio and rank for each layer is chosen.")
+    ] = None,
     corpus: Annotated[
         list[Path] | None, typer.Option(help="Plain text, .txt or .jsonl, also .gz; repeat for several files.")
     ] = None,
     task: DatasetOption = None,
     data: DataOption = None,
     rank: Annotated[int, typer.Option(help="Width of the bottleneck.", min=1)] = 64,
-    activation: Annotated[str, typer.Option(help="Of the bottleneck: tanh, gelu, gelu_tanh, relu or silu.")] = "tanh",
+    activation: Annotated[
+        str, typer.Option(help="Of the bottleneck: gelu, tanh (the paper's), gelu_tanh, relu, silu.")
+    ] = "gelu",
+    keys_values: Annotated[int, typer.Option(help="Ratio of the attention's keys and values; for long inputs.")] = 1,
+    keys_values_rank: Annotated[int, typer.Option(help="Rank of their correction, 0 without.", min=0)] = 0,
+    setting: Annotated[
+        str, typer.Option(help="Name of what is trained, where a ratio does not say it all: wide, long.")
+    ] = "",
     start: Annotated[Path | None, typer.Option("--from", help="Directory of plugins to go on from.")] = None,
     dev: Annotated[Path | None, typer.Option(help="STS-B as .jsonl(.gz): keep the plugin that is best on it.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of distillation, end to end.", min=0)] = 3000,
@@ -287,6 +301,7 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Batches per step (and process).", min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = 2e-3,
     local_rate: Annotated[float, typer.Option(help="Peak learning rate of the layer-local stage.")] = 3e-3,
+    task_weight: Annotated[float, typer.Option(help="Weight of a task's own loss beside the distillation.")] = 1.0,
     evaluate_every: Annotated[int, typer.Option(help="Steps between scores on --dev.", min=1)] = 250,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
@@ -305,26 +320,35 @@ def train(
     """
     from variator.toolkit.checkpoint import load_backbone
     from variator.toolkit.plugin_file import load_named
-    from variator.toolkit.plugin_format import PluginConfig
+    from variator.toolkit.plugin_format import PluginConfig, check_ratio, file_name
     from variator.training.batch import Data
+    from variator.training.budget import within_budget
     from variator.training.corpus import read_corpus
     from variator.training.labelled import adaptation, development
+    from variator.training.objective import Weights
     from variator.training.settings import TrainSettings
     from variator.training.train import train as verb
 
     if bool(corpus) == bool(task):
         raise InputError("train on plain text or on a task", valid="either --corpus FILE … or --task NAME")
 
-    before = [load_named(start / f"ratio-{value}.safetensors") for value in ratio] if start else []
-    configs = tuple(plugin.config for plugin in before) or tuple(PluginConfig(k, rank, activation) for k in ratio)
+    if bool(ratio) == (budget is not None):
+        raise InputError("train ratios, or a schedule for a budget", valid="either --ratio 4 … or --budget 0.5")
+    before = [load_named(start / file_name(key)) for key in keys(ratio)] if start else []
+    fresh = tuple(
+        PluginConfig(check_ratio(key), rank, activation, keys_values, keys_values_rank, name=setting)
+        for key in keys(ratio or ["2"])
+        if not start
+    )
     settings = TrainSettings(
-        configs,
+        tuple(plugin.config for plugin in before) or fresh,
         local_steps=(0 if start else 800) if local_steps is None else local_steps,
         steps=steps,
         tokens=tokens,
         accumulate=accumulate,
         local_rate=local_rate,
         learning_rate=learning_rate,
+        weights=Weights(task=task_weight),
         seed=seed,
         precision=precision,
         evaluate_every=evaluate_every,
@@ -338,6 +362,8 @@ def train(
         texts: Data = adaptation(backbone, task, data) if task else read_corpus(corpus or [], seed)
         judge = development(backbone, task, data or dev)
     with _training_bar() as on_step:
+        if budget is not None:
+            settings, before = within_budget(backbone, texts, budget, setting, settings, output, on_step)
         plugins = verb(backbone, texts, settings, output, on_step, judge, before, overwrite)
     if as_json:
         _print_json(
@@ -348,13 +374,15 @@ def train(
     for plugin in plugins:
         layers = plugin.training["layer_errors"]
         table.add_row(
-            str(plugin.config.ratio),
+            str(plugin.config.key),
             str(plugin.config.rank),
             f"{plugin.parameters:,}",
             f"{sum(layers) / len(layers):.4f}",
         )
     Console().print(table)
-    Console().print(Text(f"in {output}; next: variator export {model} --ratio {ratio[0]} --plugin {output} -o BUNDLE"))
+    Console().print(
+        Text(f"in {output}; next: variator export {model} --ratio {plugins[0].config.key} --plugin {output} -o BUNDLE")
+    )
 
 
 @app.command(short_help="Fine-tune a backbone for a task.")
@@ -387,7 +415,7 @@ def quality(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory that keeps all parts, to go on later.")],
     task: Annotated[list[str] | None, typer.Option(help="Repeat for several; all eight by default.")] = None,
-    ratio: Annotated[list[int] | None, typer.Option(help="Ratios beside 1; 2, 4 and 8 by default.")] = None,
+    ratio: Annotated[list[str] | None, typer.Option(help="Ratios or names beside 1; 2, 4, 8 by default.")] = None,
     data: DataOption = None,
     start: Annotated[Path | None, typer.Option("--from", help="Directory of plugins to adapt; else ours.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of the adaptation.", min=1)] = 1000,
@@ -407,7 +435,7 @@ def quality(
     settings = tasks.QualitySettings(
         output,
         tuple(task_named(one).name for one in task or TASKS),
-        tuple(ratio or (2, 4, 8)),
+        keys(ratio) or (2, 4, 8),
         data,
         start,
         steps,
@@ -435,9 +463,10 @@ def import_(
     """Convert a plugin that the paper's authors released into a plugin file."""
     from variator.toolkit.authors import read_authors_checkpoint
     from variator.toolkit.plugin_file import save_plugin
+    from variator.toolkit.plugin_format import file_name
 
     plugin = read_authors_checkpoint(checkpoint, family)
-    path = output / f"ratio-{plugin.config.ratio}.safetensors"
+    path = output / file_name(plugin.config.key)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already", fix="another -o, or --overwrite")
     save_plugin(plugin, output)
@@ -451,7 +480,9 @@ def import_(
 def evaluate(
     place: Annotated[str, typer.Argument(help="A bundle, or a checkpoint's directory or hub id.")],
     task: Annotated[str, typer.Option(help="mnli, qnli, qqp, rte, sst2, mrpc, squad or stsb.")],
-    ratio: Annotated[list[int] | None, typer.Option(help="Ratios beside 1; a bundle's own by default.")] = None,
+    ratio: Annotated[
+        list[str] | None, typer.Option(help="Ratios or names beside 1; a bundle's own by default.")
+    ] = None,
     plugin: Annotated[Path | None, typer.Option(help="Directory of plugins, instead of the bundle's or ours.")] = None,
     data: DataOption = None,
     engine: EngineOption = "auto",
@@ -467,7 +498,7 @@ def evaluate(
 
     split = read_split(task_named(task), "dev", data)
     with stages() as on_stage:
-        settings = EvalSettings(tuple(ratio or ()), plugin, engine, precision, threads)
+        settings = EvalSettings(keys(ratio), plugin, engine, precision, threads)
         found = verb(place, split, settings, on_stage)
     if as_json:
         _print_json([asdict(one) for one in found])
@@ -476,6 +507,11 @@ def evaluate(
     for row in as_rows(found):
         table.add_row(*row)
     Console().print(table)
+
+
+def keys(ratios: list[str] | None) -> tuple[Key, ...]:
+    """`["4", "long"]` -> (4, "long")."""
+    return tuple(map(parse_key, ratios or ()))
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:

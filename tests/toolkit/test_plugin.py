@@ -15,7 +15,7 @@ from variator.toolkit.plugin_format import (
     ACTIVATION_NAMES,
     SITES,
     PluginConfig,
-    operands,
+    layer_operands,
     tensor_shapes,
 )
 
@@ -83,7 +83,11 @@ def test_the_site_computes_the_papers_equations(k: int, length: int, activation:
     padded = torch.nn.functional.pad(torch.from_numpy(x), (0, 0, 0, extra))
     padded_mask = torch.nn.functional.pad(torch.from_numpy(mask), (0, extra)).double()
     found = compressed_ffn(
-        padded, padded_mask, lambda c: torch.relu(c @ t["w1"] + t["b1"]) @ t["w2"] + t["b2"], operands(t), activation
+        padded,
+        padded_mask,
+        lambda c: torch.relu(c @ t["w1"] + t["b1"]) @ t["w2"] + t["b2"],
+        layer_operands({f"layers.0.ffn.{name}": tensor for name, tensor in t.items()}, 0)["ffn"],
+        activation,
     )
 
     real = mask.astype(bool)
@@ -97,7 +101,7 @@ def test_a_plugin_has_the_papers_number_of_parameters() -> None:
 
 
 def test_every_tensor_belongs_to_a_layer_and_a_site() -> None:
-    config = PluginConfig(2, 4)
+    config = PluginConfig(2, 4, keys_values=2, name="both")
     tensors = initial_tensors(config, D, 3)
     assert set(tensor_shapes(config, D, 3)) == set(tensors)
     assert {tuple(name.split(".", 3)[1:3]) for name in tensors} == {(str(i), site) for i in range(3) for site in SITES}

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from variator.errors import InputError, PluginError
 from variator.tasks.read import Split
 from variator.tasks.score import Scores, score
+from variator.toolkit.plugin_format import Key, in_order
 from variator.toolkit.rows import Encode
 
 
@@ -25,7 +26,7 @@ class EvalSettings:
         engine, precision, threads: Of a bundle, as for `Runtime.open`.
     """
 
-    ratios: tuple[int, ...] = ()
+    ratios: tuple[Key, ...] = ()
     plugins: Path | None = None
     engine: str = "auto"
     precision: str | None = None
@@ -44,7 +45,7 @@ class Evaluation:
 
     model: str
     split: str
-    ratio: int
+    ratio: Key
     engine: str
     precision: str
     scores: Scores
@@ -61,7 +62,7 @@ class Subject:
     precision: str
     tokenizer: Tokenizer
     limit: int
-    encoders: dict[int, Encode]
+    encoders: dict[Key, Encode]
 
 
 def evaluate(
@@ -110,9 +111,9 @@ def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
     with Runtime.open(path, settings.engine, settings.precision, settings.threads) as runtime:
         if settings.plugins is not None:
             runtime.plug(DEFAULT, settings.plugins)
-        ratios = sorted({1, *(settings.ratios or runtime.plugins[DEFAULT])})
+        ratios = in_order({1, *(settings.ratios or runtime.plugins[DEFAULT])})
 
-        def encoder(ratio: int) -> Encode:
+        def encoder(ratio: Key) -> Encode:
             return lambda inputs: runtime.infer(inputs, ratio=ratio, truncate=True).outputs
 
         manifest = runtime.bundle.manifest
@@ -133,10 +134,10 @@ def _checkpoint(model: str, settings: EvalSettings) -> Subject:
     from variator.training.student import answering
 
     backbone = load_backbone(model)
-    encoders: dict[int, Encode] = {}
-    for ratio in sorted({1, *settings.ratios}):
-        plugin = find_plugin(backbone, ratio, settings.plugins) if ratio > 1 else None
-        if ratio > 1 and plugin is None:
+    encoders: dict[Key, Encode] = {}
+    for ratio in in_order({1, *settings.ratios}):
+        plugin = find_plugin(backbone, ratio, settings.plugins) if ratio != 1 else None
+        if ratio != 1 and plugin is None:
             raise PluginError(
                 f"there is no plugin of ratio {ratio} for {backbone.id}", fix="--plugin DIR, or train one first"
             )

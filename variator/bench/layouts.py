@@ -19,6 +19,7 @@ from variator.engines.runtime import Runtime
 from variator.errors import InputError
 from variator.exporters.gate import full_feed
 from variator.toolkit.bundle import SHARED, Bundle
+from variator.toolkit.plugin_format import Key
 
 IDLE_PLUGS, LOADED_PLUGS = 50, 200
 REQUEST = 4
@@ -53,7 +54,7 @@ def ordered(bundle: Bundle, against: Bundle) -> tuple[Bundle, Bundle]:
 
 
 def compare(
-    per_ratio: Runtime, shared: Runtime, ratios: Sequence[int], shape: tuple[int, int], runs: int, budget_s: float
+    per_ratio: Runtime, shared: Runtime, ratios: Sequence[Key], shape: tuple[int, int], runs: int, budget_s: float
 ) -> list[LayoutResult]:
     """Time both layouts in turn at one shape (batch, length).
 
@@ -92,7 +93,7 @@ def _timed(run: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def plugging(runtime: Runtime, ratio: int) -> Plugging:
+def plugging(runtime: Runtime, ratio: Key) -> Plugging:
     """Plug the bundle's own plugin of a ratio in from its file: idle, and again and again while requests run."""
     manifest = runtime.bundle.manifest
     file = runtime.bundle.path / manifest.ratios[ratio].plugin

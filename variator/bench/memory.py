@@ -22,6 +22,7 @@ from variator.engines.runtime import DEFAULT, Runtime
 from variator.errors import EngineError
 from variator.exporters.gate import full_feed
 from variator.toolkit.bundle import SHARED, Bundle
+from variator.toolkit.plugin_format import Key
 
 
 def pss_bytes() -> int:
@@ -61,7 +62,7 @@ def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int
         runtime = stack.enter_context(Runtime.open(bundle, engine, precision))
         empty = pss_bytes()
 
-        def enter(ratios: list[int], task: int) -> None:
+        def enter(ratios: list[Key], task: int) -> None:
             gc.collect()
             entries.append(
                 Memory(engine, precision, ratios, pss_bytes() - empty, layout=bundle.manifest.layout, tasks=task)
@@ -86,7 +87,7 @@ def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int
     print(json.dumps([asdict(entry) for entry in entries]))
 
 
-def _run(runtime: Runtime, ratio: int, plugin: str, feed: Feed) -> None:
+def _run(runtime: Runtime, ratio: Key, plugin: str, feed: Feed) -> None:
     engine = runtime.load(ratio, plugin)
     for _ in range(3):
         engine.run(feed)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from variator.bench import table
 from variator.bench.record import PEER, Record, Result
+from variator.toolkit.plugin_format import in_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +150,7 @@ def _draw(size: tuple[float, float], title: str, paint: Callable[[Axes], None]) 
 
 def _speedup_plot(record: Record) -> Plot | None:
     rows = [row for row in record.results if not table.is_peer(row)]
-    if not any(row.ratio > 1 for row in rows):
+    if not any(row.ratio != 1 for row in rows):
         return None
     shape = table.largest((row.batch, row.sequence) for row in rows)
 
@@ -158,7 +159,7 @@ def _speedup_plot(record: Record) -> Plot | None:
         steps = [most * step / 60 for step in range(61)]
         axes.plot(steps, [1 / (1 - saved) for saved in steps], color=INK, linestyle="--", linewidth=1.2, label="ideal")
         main = [row for row in rows if (row.batch, row.sequence) == shape]
-        ideal = {row.ratio: row.flops_saved for row in main if row.ratio > 1 and row.flops_saved < 1}
+        ideal = {row.ratio: row.flops_saved for row in main if row.ratio != 1 and row.flops_saved < 1}
         for ratio, saved in ideal.items():
             axes.annotate(
                 f"k={ratio}",
@@ -219,7 +220,7 @@ def _length_panel(record: Record, title: str, rows: list[Result]) -> str:
                 linewidth=1.2,
                 label="fastest peer",
             )
-        for index, ratio in enumerate(sorted({row.ratio for row in rows})):
+        for index, ratio in enumerate(in_order({row.ratio for row in rows})):
             line = sorted((row for row in rows if row.ratio == ratio), key=lambda row: row.sequence)
             _curve(axes, line, [row.sequence for row in line], [row.p50_ms for row in line], index, f"k={ratio}")
         axes.set(xscale="log", yscale="log", xlabel="tokens per sequence", ylabel="p50, ms", title=_short(title))
@@ -311,7 +312,7 @@ def _flops_plot(record: Record) -> Plot | None:
     if not record.flops:
         return None
     shape = table.largest((row.batch, row.sequence) for row in record.flops)
-    rows = sorted((row for row in record.flops if (row.batch, row.sequence) == shape), key=lambda row: -row.ratio)
+    rows = sorted((row for row in record.flops if (row.batch, row.sequence) == shape), key=lambda row: row.total)
     parts = ("attention", "ffn", "plugin", "head")
 
     def paint(axes: Axes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from variator.bench.record import Quality
 from variator.tasks.read import Split
 from variator.tasks.score import correlations, cosines, similarities
+from variator.toolkit.plugin_format import Key
 from variator.toolkit.rows import Encode
 
 SENTENCES = Path(__file__).parent / "sentences.txt"
@@ -36,7 +37,7 @@ class Judge:
         """Whether this task has a score here."""
         return task in ("embed", "classify")
 
-    def score(self, encode: Encode, ratio: int, engine: str, precision: str) -> list[Quality]:
+    def score(self, encode: Encode, ratio: Key, engine: str, precision: str) -> list[Quality]:
         """All scores of one runner."""
         found = encode(self._texts)
         if self._task == "classify":

@@ -14,6 +14,7 @@ from typing import Any
 
 from variator.errors import InputError
 from variator.toolkit.bundle import PER_RATIO
+from variator.toolkit.plugin_format import Key
 
 SCHEMA = "variator.bench/1"
 PEER = "peer:"
@@ -51,7 +52,7 @@ class Model:
 class Plugin:
     """One ratio's plugin. `untrained` marks speed-only work: its quality means nothing."""
 
-    ratio: int
+    ratio: Key
     rank: int
     activation: str
     parameters: int
@@ -64,7 +65,7 @@ class Plugin:
 class Flops:
     """FLOPs of one forward pass at one shape, counted from the exported graph."""
 
-    ratio: int
+    ratio: Key
     batch: int
     sequence: int
     attention: int
@@ -91,7 +92,7 @@ class Result:
 
     engine: str
     precision: str
-    ratio: int
+    ratio: Key
     batch: int
     sequence: int
     p50_ms: float
@@ -111,7 +112,7 @@ class Result:
 class Quality:
     """One score: `reference` is the score of the uncompressed fp32 backbone on the same data (the notes say whose)."""
 
-    ratio: int
+    ratio: Key
     engine: str
     precision: str
     metric: str
@@ -132,7 +133,7 @@ class Memory:
 
     engine: str
     precision: str
-    ratios: list[int]
+    ratios: list[Key]
     pss_bytes: int
     layout: str = PER_RATIO
     tasks: int = 1
@@ -151,7 +152,7 @@ class LayoutResult:
 
     engine: str
     precision: str
-    ratio: int
+    ratio: Key
     batch: int
     sequence: int
     per_ratio_ms: float
@@ -176,7 +177,7 @@ class Plugging:
 
     engine: str
     precision: str
-    ratio: int
+    ratio: Key
     file_bytes: int
     idle_p50_ms: float
     idle_p99_ms: float

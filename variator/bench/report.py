@@ -13,6 +13,7 @@ from variator.bench import table
 from variator.bench.plots import plots, series_of
 from variator.bench.record import Record, Result
 from variator.files import write_atomically
+from variator.toolkit.plugin_format import in_order
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 TOLERATED_DROP = 0.02
@@ -71,7 +72,7 @@ def headline(record: Record, shape: table.Shape) -> Result | None:
     """Our fastest compressed row that loses at most 2 % of the main score; failing that our fastest stable one."""
 
     def merit(row: Result) -> tuple[bool, bool, bool, float]:
-        return row.ratio > 1, _tolerable(record, row), row.stable, row.throughput_per_s
+        return row.ratio != 1, _tolerable(record, row), row.stable, row.throughput_per_s
 
     return max((row for row in table.at(record, shape) if not table.is_peer(row)), key=merit, default=None)
 
@@ -80,7 +81,7 @@ def caveats(record: Record) -> list[str]:
     """What a reader must know before believing a figure."""
     found = []
     if table.untrained_ratios(record):
-        ratios = ", ".join(map(str, sorted(table.untrained_ratios(record))))
+        ratios = ", ".join(map(str, in_order(table.untrained_ratios(record))))
         found.append(f"{table.UNTRAINED}. Scores at ratio {ratios} mean nothing.")
     if not record.model.real:
         found.append("Toy model with random weights: only the timings and FLOPs mean anything.")
@@ -110,7 +111,7 @@ def _cost(record: Record, best: Result, peer: Result | None) -> str:
     if peer and table.key(peer) in scores:
         values += f"; the peer has {table.decimal(scores[table.key(peer)].value, 4)}"
     text = f"It {change} the {table.clean(score.metric)} score ({values})."
-    if best.ratio > 1 and best.stable and _tolerable(record, best):
+    if best.ratio != 1 and best.stable and _tolerable(record, best):
         limit = table.percent(TOLERATED_DROP, 0)
         text += f" It is the fastest compressed configuration with a stable timing and a loss of at most {limit}."
     return text

@@ -39,6 +39,7 @@ from variator.exporters.gate import full_feed
 from variator.tasks.catalogue import TASKS
 from variator.tasks.read import Split, read_split
 from variator.toolkit.bundle import SHARED, Bundle
+from variator.toolkit.plugin_format import Key, in_order
 from variator.toolkit.rows import Encode, Input, Outputs
 from variator.toolkit.stack import inputs_of
 
@@ -72,7 +73,7 @@ class BenchSettings:
 
     engines: tuple[str, ...] = ()
     shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (8, 128), (32, 64))
-    ratios: tuple[int, ...] = ()
+    ratios: tuple[Key, ...] = ()
     runs: int = 15
     budget_s: float = 60.0
     model: str | None = None
@@ -89,7 +90,7 @@ class Runner:
 
     engine: str
     precision: str
-    ratio: int
+    ratio: Key
     run: Callable[[Feed], Outputs]
 
 
@@ -110,7 +111,7 @@ def bench(
     pairs = read_split(TASKS["stsb"], "dev", settings.pairs) if settings.pairs else None
     threads = settings.threads or machine.cores()
     built, notes = built_engines(bundle, settings.engines)
-    ratios = sorted({1, *(settings.ratios or bundle.ratios)})
+    ratios = in_order({1, *(settings.ratios or bundle.ratios)})
     lengths = {length for _, length in settings.shapes}
     beside = {ratio: inputs_of(bundle, ratio) for ratio in ratios}
     flops = {
@@ -187,7 +188,7 @@ def built_engines(bundle: Bundle, names: Sequence[str]) -> tuple[list[BuiltEngin
 def _both_layouts(
     bundle: Bundle,
     built: Sequence[BuiltEngine],
-    ratios: Sequence[int],
+    ratios: Sequence[Key],
     settings: BenchSettings,
     threads: int,
     on_stage: Callable[[str], None],
@@ -208,7 +209,7 @@ def _both_layouts(
             valid="the same backend and precision in both",
             fix=f"variator build {against.path} --engine {own[0][0]} --precision {own[0][1]}",
         )
-    missing = sorted(set(ratios) - set(against.ratios))
+    missing = in_order(set(ratios) - set(against.ratios))
     notes += [f"Layouts: ratio {ratio} is not in {against.path} and was not compared." for ratio in missing]
     memories = _memory(bundle, own, kinds, settings, on_stage) + _memory(against, kinds, kinds, settings, on_stage)
     compared = _layouts(per_ratio, shared, kinds, ratios, settings, threads, on_stage)
@@ -240,7 +241,7 @@ def _plugging(
     """Time to plug in, per engine."""
     found = []
     ratio = PLUGGED_RATIO if PLUGGED_RATIO in shared.ratios else shared.ratios[-1]
-    for kind in kinds if ratio > 1 else ():
+    for kind in kinds if ratio != 1 else ():
         on_stage(f"plugging into {' '.join(kind)}")
         with Runtime.open(shared, *kind, threads) as runtime:
             found.append(layouts.plugging(runtime, ratio))
@@ -251,7 +252,7 @@ def _layouts(
     per_ratio: Bundle,
     shared: Bundle,
     kinds: Sequence[tuple[str, str]],
-    ratios: Sequence[int],
+    ratios: Sequence[Key],
     settings: BenchSettings,
     threads: int,
     on_stage: Callable[[str], None],
@@ -285,7 +286,7 @@ def _peers(bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Call
 
 
 def _runners(
-    runtimes: Sequence[Runtime], ratios: Sequence[int], peers: Sequence[Peer], on_stage: Callable[[str], None]
+    runtimes: Sequence[Runtime], ratios: Sequence[Key], peers: Sequence[Peer], on_stage: Callable[[str], None]
 ) -> list[Runner]:
     runners = []
     for runtime in runtimes:
@@ -300,7 +301,7 @@ def _time(
     bundle: Bundle,
     runners: Sequence[Runner],
     shape: tuple[int, int],
-    flops: Mapping[tuple[int, int], Mapping[str, int]],
+    flops: Mapping[tuple[Key, int], Mapping[str, int]],
     settings: BenchSettings,
 ) -> list[Result]:
     feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
@@ -321,7 +322,7 @@ def _result(
     timing: Timing,
     first: Timing,
     shape: tuple[int, int],
-    flops: Mapping[tuple[int, int], Mapping[str, int]],
+    flops: Mapping[tuple[Key, int], Mapping[str, int]],
 ) -> Result:
     batch, length = shape
     whole, total = flops[1, length]["total"], flops[runner.ratio, length]["total"]
@@ -349,7 +350,7 @@ def _result(
 def _quality(
     bundle: Bundle,
     runtimes: Sequence[Runtime],
-    ratios: Sequence[int],
+    ratios: Sequence[Key],
     peers: Sequence[Peer],
     pairs: Split | None,
     on_stage: Callable[[str], None],
@@ -357,7 +358,7 @@ def _quality(
     """Scores of everything that runs, and a note on what they are compared with."""
     if not Judge.judges(bundle.manifest.task):
         return [], [f"No quality: there is no score for task {bundle.manifest.task} here yet."]
-    encoders: list[tuple[Encode, int, str, str]] = []
+    encoders: list[tuple[Encode, Key, str, str]] = []
     for runtime in runtimes:
         for ratio in ratios:
             encode = _batched(lambda texts, r=runtime, k=ratio: r.infer(texts, ratio=k, truncate=True).outputs)  # type: ignore[misc]
@@ -420,8 +421,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _plugins(bundle: Bundle, ratios: Sequence[int]) -> list[Plugin]:
-    entries = {ratio: bundle.ratio(ratio) for ratio in ratios if ratio > 1}
+def _plugins(bundle: Bundle, ratios: Sequence[Key]) -> list[Plugin]:
+    entries = {ratio: bundle.ratio(ratio) for ratio in ratios if ratio != 1}
     return [
         Plugin(
             ratio,
@@ -437,7 +438,7 @@ def _plugins(bundle: Bundle, ratios: Sequence[int]) -> list[Plugin]:
 
 
 def _flops(
-    settings: BenchSettings, ratios: Sequence[int], flops: Mapping[tuple[int, int], Mapping[str, int]]
+    settings: BenchSettings, ratios: Sequence[Key], flops: Mapping[tuple[Key, int], Mapping[str, int]]
 ) -> list[Flops]:
     return [
         Flops(

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from variator.bench.record import PEER, STOCK, Memory, Quality, Record, Result
+from variator.toolkit.plugin_format import Key, order
 
 UNTRAINED = "UNTRAINED PLUGIN: speed only"
 MISSING = "-"
@@ -24,7 +25,7 @@ PREFERRED_METRICS = ("spearman", "cosine")
 STYLES = {"unstable": "yellow", "untrained": "red", "peer": "dim", "": ""}
 
 Shape = tuple[int, int]
-Key = tuple[str, str, int]
+RowKey = tuple[str, str, Key]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Footprint:
     engine: str
     precision: str
     layout: str
-    ratios: tuple[int, ...]
+    ratios: tuple[Key, ...]
     first: int | None
     all: int
     further: float | None
@@ -119,7 +120,7 @@ def markdown(record: Record, chosen: Sequence[Shape] = ()) -> str:
     columns = ["engine", "precision", "ratio"]
     for shape in chosen:
         columns += [f"{tokens(shape)} p50 ms", "over ratio 1", "efficiency", "over stock fp32", "over best peer"]
-    rows: dict[Key, dict[Shape, Result]] = {}
+    rows: dict[RowKey, dict[Shape, Result]] = {}
     for row in sorted(record.results, key=_order):
         rows.setdefault(key(row), {})[row.batch, row.sequence] = row
     lines = []
@@ -156,7 +157,7 @@ def peer_to_beat(record: Record, shape: Shape) -> Result | None:
     return min((row for row in at(record, shape) if is_peer(row)), key=lambda row: row.p50_ms, default=None)
 
 
-def main_quality(record: Record) -> dict[Key, Quality]:
+def main_quality(record: Record) -> dict[RowKey, Quality]:
     """The scores of one metric on one split: Spearman if there is one, else cosine, else the first metric measured.
 
     Of several splits the one with most scores is taken, and of equals `test`: it is the one nothing was chosen on.
@@ -165,7 +166,7 @@ def main_quality(record: Record) -> dict[Key, Quality]:
     if not metrics:
         return {}
     metric = next((wanted for wanted in PREFERRED_METRICS if wanted in metrics), metrics[0])
-    splits: dict[str, dict[Key, Quality]] = {}
+    splits: dict[str, dict[RowKey, Quality]] = {}
     for row in record.quality:
         if row.metric == metric:
             splits.setdefault(row.split, {}).setdefault(key(row), row)
@@ -203,7 +204,7 @@ def footprints(record: Record) -> list[Footprint]:
     return found
 
 
-def untrained_ratios(record: Record) -> set[int]:
+def untrained_ratios(record: Record) -> set[Key]:
     """The ratios whose quality means nothing."""
     return {plugin.ratio for plugin in record.plugins if plugin.untrained}
 
@@ -232,7 +233,7 @@ def is_peer(row: Result | Quality) -> bool:
     return row.engine.startswith(PEER)
 
 
-def key(row: Result | Quality) -> Key:
+def key(row: Result | Quality) -> RowKey:
     """What results and scores are joined by."""
     return row.engine, row.precision, row.ratio
 
@@ -374,7 +375,7 @@ def _flops(record: Record) -> Grid:
                 percent(row.saved),
             )
         )
-        for row in sorted(record.flops, key=lambda row: (row.batch * row.sequence, row.sequence, row.ratio))
+        for row in sorted(record.flops, key=lambda row: (row.batch * row.sequence, row.sequence, order(row.ratio)))
     ]
     columns = ("shape", "ratio", "attention", "FFN", "plugin", "head", "total", "saved")
     return Grid(marked(record, "FLOPs of one forward pass"), columns, tuple(rows), 1)
@@ -475,8 +476,8 @@ def _plugins(record: Record) -> Grid:
     return Grid(marked(record, "Plugins"), columns, tuple(rows), 0)
 
 
-def _order(row: Result) -> tuple[bool, str, str, int]:
-    return is_peer(row), row.engine, row.precision, row.ratio
+def _order(row: Result) -> tuple[bool, str, str, tuple[bool, int, str]]:
+    return is_peer(row), row.engine, row.precision, order(row.ratio)
 
 
 def _markdown_cells(record: Record, row: Result | None) -> list[str]:

@@ -23,7 +23,7 @@ from variator.files import sha256_of_json, write_atomically
 from variator.tasks.catalogue import TASKS, Task
 from variator.tasks.read import Split, read_split
 from variator.toolkit.bundle import Bundle
-from variator.toolkit.plugin_format import check_ratio
+from variator.toolkit.plugin_format import Key, file_name, in_order, parse_key
 
 SCHEMA = "variator.quality/1"
 LENGTHS = {"squad": 384}
@@ -49,7 +49,7 @@ class QualitySettings:
 
     work: Path
     tasks: tuple[str, ...] = tuple(TASKS)
-    ratios: tuple[int, ...] = (2, 4, 8)
+    ratios: tuple[Key, ...] = (2, 4, 8)
     data: Path | None = None
     plugins: Path | None = None
     steps: int = 1000
@@ -63,7 +63,7 @@ class QualitySettings:
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
             raise InputError(f"tasks {unknown}", valid=", ".join(TASKS))
-        if not self.ratios or 1 in map(check_ratio, self.ratios):
+        if not self.ratios or 1 in map(parse_key, self.ratios):
             raise InputError(f"ratios {self.ratios}", valid="2 or more; ratio 1 is always measured")
 
 
@@ -84,7 +84,7 @@ class Row:
     task: str
     split: str
     trained: str
-    ratio: int
+    ratio: Key
     metric: str
     value: float
     reference: float
@@ -223,13 +223,13 @@ def _adapted(
     from variator.training.train import train as verb
 
     output = place / "plugins"
-    if all((output / f"ratio-{ratio}.safetensors").exists() for ratio in settings.ratios):
+    if all((output / file_name(ratio)).exists() for ratio in settings.ratios):
         return output
     original = load_backbone(model, "hidden")
     start = []
     for ratio in settings.ratios:
         if settings.plugins is not None:
-            found = load_named(settings.plugins / f"ratio-{ratio}.safetensors")
+            found = load_named(settings.plugins / file_name(ratio))
         else:
             found = find_plugin(original, ratio)  # type: ignore[assignment]
         if found is None:
@@ -273,7 +273,7 @@ def _bundle(
 
 
 def _row(
-    ratio: int,
+    ratio: Key,
     scores: dict[str, float],
     drop: float,
     engine: str,
@@ -311,7 +311,7 @@ def _every(tell: Callable[[int, int], None], steps: int = 10) -> Callable[[int, 
     return lambda step, of: tell(step, of) if step % steps == 0 else None
 
 
-def mean_drop(rows: Sequence[Row], ratio: int) -> tuple[float, int]:
+def mean_drop(rows: Sequence[Row], ratio: Key) -> tuple[float, int]:
     """Mean relative drop over the paper's tasks (without STS-B) at a ratio, and how many tasks there are."""
     drops = [row.drop for row in rows if row.ratio == ratio and row.task != "stsb"]
     return (sum(drops) / len(drops) if drops else float("nan")), len(drops)
@@ -321,12 +321,12 @@ def markdown(record: QualityRecord) -> str:
     """The record as a Markdown table: a line per task, a column per ratio with the score and how it changed."""
     from variator.bench.table import markdown_table
 
-    ratios = sorted({row.ratio for row in record.rows})
+    ratios = in_order({row.ratio for row in record.rows})
     lines = []
     for task in dict.fromkeys(row.task for row in record.rows):
         mine = {row.ratio: row for row in record.rows if row.task == task}
         first = mine[1]
-        cells = [f"{mine[k].value:.4f}" + (f" ({-mine[k].drop:+.1%})" if k > 1 else "") for k in ratios]
+        cells = [f"{mine[k].value:.4f}" + (f" ({-mine[k].drop:+.1%})" if k != 1 else "") for k in ratios]
         lines.append([first.split, first.metric, *cells, first.trained])
     means = [mean_drop(record.rows, ratio) for ratio in ratios]
     count = means[0][1]

@@ -28,6 +28,7 @@ from variator.errors import BundleError, EngineError, InputError
 from variator.files import inside
 from variator.toolkit.bundle import SHARED_GRAPH, Bundle
 from variator.toolkit.plugin_file import Head, Plugin, heads_agree, load_named, load_plugin
+from variator.toolkit.plugin_format import Key, in_order
 from variator.toolkit.rows import Input, Outputs, Row, place
 from variator.toolkit.stack import LOGITS, Inputs, check_fits, check_head, graph_inputs, inputs_of
 
@@ -60,7 +61,7 @@ class Result:
 
     outputs: Outputs
     lengths: list[int]
-    ratio: int
+    ratio: Key
     plugin: str
     engine: str
     precision: str
@@ -108,7 +109,7 @@ class Runtime:
         self._threads = threads
         self._graphs: dict[str, Engine] = {}
         self._own = self._own_slots()
-        self._plugged: dict[str, Mapping[int, Slot]] = {DEFAULT: self._own}
+        self._plugged: dict[str, Mapping[Key, Slot]] = {DEFAULT: self._own}
         """Never changed in place: whoever reads it once has a consistent view."""
         self._load_lock, self._compute_lock, self._plug_lock, self._closed = Lock(), Lock(), Lock(), False
         path = inside(bundle.path, "tokenizer.json")
@@ -172,14 +173,14 @@ class Runtime:
         return self._tokenizer
 
     @property
-    def loaded(self) -> list[int]:
+    def loaded(self) -> list[Key]:
         """Ratios that can run at once, of any plugin: those asked for so far, or plugged in since."""
-        return sorted({ratio for slots in self._plugged.values() for ratio, slot in slots.items() if slot.ready})
+        return in_order({ratio for slots in self._plugged.values() for ratio, slot in slots.items() if slot.ready})
 
     @property
-    def plugins(self) -> dict[str, list[int]]:
+    def plugins(self) -> dict[str, list[Key]]:
         """Names that can be asked for now, and the ratios each has."""
-        return {name: sorted(slots) for name, slots in self._plugged.items()}
+        return {name: in_order(slots) for name, slots in self._plugged.items()}
 
     def plug(
         self, name: str, plugin: Plugin | Path | str | Sequence[Plugin | Path | str], head: Head | None = None
@@ -204,7 +205,7 @@ class Runtime:
             raise InputError(f"{name!r} is no name for a plugin", valid="a text with at least one character")
         plugins = _read_plugins(name, plugin)
         for one in plugins:
-            check_fits(one, self.bundle.manifest, f"plugin {name!r}, ratio {one.config.ratio}")
+            check_fits(one, self.bundle.manifest, f"plugin {name!r}, ratio {one.config.key}")
         if head is not None:
             check_head(head, self.bundle.manifest, f"plugin {name!r}")
         slots = self._slots_of(plugins, head)
@@ -228,12 +229,12 @@ class Runtime:
             rest = {key: slots for key, slots in self._plugged.items() if key != name}
             self._plugged = {DEFAULT: self._own, **rest} if name == DEFAULT else rest
 
-    def infer(self, inputs: Sequence[Input], *, ratio: int, plugin: str = DEFAULT, truncate: bool = False) -> Result:
+    def infer(self, inputs: Sequence[Input], *, ratio: Key, plugin: str = DEFAULT, truncate: bool = False) -> Result:
         """Run a request.
 
         Args:
             inputs: Texts, pairs of texts, lists of token ids, or such with their types (`Row`); at least one.
-            ratio: One that the plugin has; 1 is the uncompressed backbone.
+            ratio: One that the plugin has, or the name of a setting; 1 is the uncompressed backbone.
             plugin: A name that is plugged in; `default` is what the bundle holds. If its plugins bring heads, ratio 1
                 has `logits` only if they all bring the same.
             truncate: Cut what is longer than the model's limit instead of refusing it; token ids simply at the end.
@@ -314,7 +315,7 @@ class Runtime:
         ids = ids[: self.bundle.manifest.max_length] if truncate else ids
         return Row(ids, [0] * len(ids))
 
-    def load(self, ratio: int, plugin: str = DEFAULT) -> Engine:
+    def load(self, ratio: Key, plugin: str = DEFAULT) -> Engine:
         """The engine of a ratio, loaded if it is not yet. Errors as `infer`."""
         return self._slot(ratio, plugin).engine(self._held)
 
@@ -322,7 +323,7 @@ class Runtime:
         if self._closed:
             raise EngineError("the runtime is closed", fix="use it inside its `with` block")
 
-    def _slots(self, plugin: str) -> Mapping[int, Slot]:
+    def _slots(self, plugin: str) -> Mapping[Key, Slot]:
         plugged = self._plugged
         if plugin not in plugged:
             self._check_open()
@@ -333,14 +334,14 @@ class Runtime:
             )
         return plugged[plugin]
 
-    def _slot(self, ratio: int, plugin: str) -> Slot:
+    def _slot(self, ratio: Key, plugin: str) -> Slot:
         slots = self._slots(plugin)
         if isinstance(ratio, bool) or ratio not in slots:
             if slots is self._own:
                 self.bundle.ratio(ratio)  # says what the bundle holds
             raise InputError(
                 f"plugin {plugin!r} has no ratio {ratio!r}" + (": its heads differ" if ratio == 1 else ""),
-                valid=", ".join(map(str, sorted(slots))),
+                valid=", ".join(map(str, in_order(slots))),
                 fix="plug it in with head=…" if ratio == 1 else "plug it in with a plugin of that ratio, too",
             )
         return slots[ratio]
@@ -358,14 +359,14 @@ class Runtime:
         shared = self.bundle.manifest.shared
         return shared is not None and shared.head
 
-    def _own_slots(self) -> dict[int, Slot]:
+    def _own_slots(self) -> dict[Key, Slot]:
         """The bundle's own plugins."""
         return {
             ratio: Slot(entry.graph, partial(inputs_of, self.bundle, ratio), entry.head)
             for ratio, entry in self.bundle.manifest.ratios.items()
         }
 
-    def _slots_of(self, plugins: Sequence[Plugin], head: Head | None) -> dict[int, Slot]:
+    def _slots_of(self, plugins: Sequence[Plugin], head: Head | None) -> dict[Key, Slot]:
         manifest = self.bundle.manifest
 
         def slot(one: Plugin | None, head: Head | None) -> Slot:
@@ -373,7 +374,7 @@ class Runtime:
             inputs = graph_inputs(manifest.shared, manifest.hidden_size, one, head)
             return Slot(graph, lambda: inputs, head is not None)
 
-        slots = {one.config.ratio: slot(one, one.head or head) for one in plugins}
+        slots: dict[Key, Slot] = {one.config.key: slot(one, one.head or head) for one in plugins}
         if head is not None or heads_agree(plugins):
             slots[1] = slot(None, head or plugins[0].head)
         return slots
@@ -406,7 +407,7 @@ def _read_plugins(name: str, plugin: Plugin | Path | str | Sequence[Plugin | Pat
     else:
         given = [plugin] if isinstance(plugin, Plugin | str | Path) else list(plugin)
         plugins = [one if isinstance(one, Plugin) else load_plugin(Path(one)) for one in given]
-    ratios = [one.config.ratio for one in plugins]
+    ratios = [one.config.key for one in plugins]
     if not ratios or len(set(ratios)) < len(ratios):
         raise InputError(
             f"plugin {name!r} has " + (f"several plugins of one ratio: {ratios}" if ratios else "no plugin file"),

@@ -42,7 +42,15 @@ from variator.toolkit.bundle import (
 )
 from variator.toolkit.checkpoint import Backbone, load_backbone
 from variator.toolkit.plugin_file import Plugin, find_plugin, heads_agree, save_plugin, untrained_plugin
-from variator.toolkit.plugin_format import MAX_RATIO, PLUGIN_FORMAT, PluginConfig, check_ratio
+from variator.toolkit.plugin_format import (
+    MAX_RATIO,
+    PLUGIN_FORMAT,
+    Key,
+    PluginConfig,
+    in_order,
+    parse_key,
+    setting_name,
+)
 from variator.toolkit.stack import Inputs, graph_inputs, neutral
 from variator.toolkit.weights import WeightStore
 
@@ -61,7 +69,7 @@ class ExportSettings:
     """What to export.
 
     Args:
-        ratios: Ratios beside 1, which is always included.
+        ratios: Ratios, or names of other settings, beside 1, which is always included.
         plugins: Directory of plugin files; None looks among those shipped with the package.
         untrained: Make up plugins where none is found: for speed measurements only, and marked so everywhere.
         rank: Of made-up plugins.
@@ -69,7 +77,7 @@ class ExportSettings:
         layout: `per-ratio`, one graph per ratio, or `shared`, one graph that takes its plugin as inputs.
     """
 
-    ratios: tuple[int, ...]
+    ratios: tuple[Key, ...]
     plugins: Path | None = None
     untrained: bool = False
     rank: int = 64
@@ -98,7 +106,7 @@ def export(
         GateError: If a graph's numbers differ from PyTorch's.
     """
     output = Path(output)
-    ratios = sorted({1, *map(check_ratio, settings.ratios)})
+    ratios = in_order({1, *map(parse_key, settings.ratios)})
     if settings.layout not in LAYOUTS:
         raise InputError(f"unknown layout {settings.layout!r}", valid=", ".join(LAYOUTS))
     if output.exists() and not settings.overwrite:
@@ -107,12 +115,12 @@ def export(
         raise InputError(f"{output} exists and is not a bundle, so it is not overwritten", fix="choose another -o")
     on_stage("loading the model")
     backbone = model if isinstance(model, Backbone) else load_backbone(model, task, name)
-    plugins = {ratio: _plugin_for(backbone, ratio, settings) for ratio in ratios if ratio > 1}
+    plugins = {ratio: _plugin_for(backbone, ratio, settings) for ratio in ratios if ratio != 1}
     profile = _profile(backbone, plugins) if settings.layout == SHARED else None
     for plugin in plugins.values():
         if plugin.head is not None and (profile is None or not profile.head):
             raise PluginError(
-                f"the ratio-{plugin.config.ratio} plugin carries a task head, which a {settings.layout} bundle of task "
+                f"the ratio-{plugin.config.key} plugin carries a task head, which a {settings.layout} bundle of task "
                 f"{backbone.task} has no place for",
                 valid="--layout shared and task embed",
             )
@@ -127,9 +135,9 @@ def export(
     return Bundle.open(output)
 
 
-def _plugin_for(backbone: Backbone, ratio: int, settings: ExportSettings) -> Plugin:
+def _plugin_for(backbone: Backbone, ratio: Key, settings: ExportSettings) -> Plugin:
     plugin = find_plugin(backbone, ratio, settings.plugins)
-    if plugin is None and settings.untrained:
+    if plugin is None and settings.untrained and isinstance(ratio, int):
         return untrained_plugin(backbone, PluginConfig(ratio, settings.rank))
     if plugin is None:
         place = f"in {settings.plugins}" if settings.plugins else "among those shipped with variator"
@@ -142,8 +150,15 @@ def _plugin_for(backbone: Backbone, ratio: int, settings: ExportSettings) -> Plu
     return plugin
 
 
-def _profile(backbone: Backbone, plugins: Mapping[int, Plugin]) -> SharedProfile:
+def _profile(backbone: Backbone, plugins: Mapping[Key, Plugin]) -> SharedProfile:
     """What the shared graph will take: these plugins, and later ones like them."""
+    uneven = [key for key, plugin in plugins.items() if not plugin.config.plain]
+    if uneven:
+        raise PluginError(
+            f"setting {uneven[0]!r} has a schedule or a keys/values site",
+            valid="one ratio at the FFN of every layer, which is what a shared graph takes",
+            fix="--layout per-ratio",
+        )
     activations = sorted({plugin.config.activation for plugin in plugins.values()}) or ["tanh"]
     if len(activations) > 1:
         raise PluginError(
@@ -158,22 +173,22 @@ def _profile(backbone: Backbone, plugins: Mapping[int, Plugin]) -> SharedProfile
 
 def _export_ratios(
     backbone: Backbone,
-    plugins: Mapping[int, Plugin],
-    ratios: Sequence[int],
+    plugins: Mapping[Key, Plugin],
+    ratios: Sequence[Key],
     profile: SharedProfile | None,
     directory: Path,
     on_stage: Callable[[str], None],
-) -> dict[int, RatioEntry]:
+) -> dict[Key, RatioEntry]:
     store = WeightStore(directory)
     if profile is not None:
         _write_shared(backbone, profile, store, directory, on_stage)
     cases = _cases(backbone)
     hidden = backbone.config.hidden_size
     head = gate_head(hidden) if profile and profile.head else None
-    entries: dict[int, RatioEntry] = {}
+    entries: dict[Key, RatioEntry] = {}
     for ratio in ratios:
         plugin = plugins.get(ratio)
-        graph = directory / (SHARED_GRAPH if plugin and profile else f"ratio-{ratio}.onnx")
+        graph = directory / (SHARED_GRAPH if plugin and profile else f"{setting_name(ratio)}.onnx")
         if profile is None:
             on_stage(f"exporting ratio {ratio}")
             _write_graph(export_graph(backbone, plugin), store, graph, _data_file(ratio))
@@ -197,7 +212,7 @@ def _export_ratios(
     return entries
 
 
-def _data_file(ratio: int) -> str:
+def _data_file(ratio: Key) -> str:
     return "backbone.data" if ratio == 1 else f"plugin-{ratio}.data"
 
 
@@ -221,7 +236,7 @@ def _cases(backbone: Backbone) -> list[Case]:
     return [Case(feed, {}) for feed in feeds]
 
 
-def _gate(graph: Path, cases: Sequence[Case], ratio: int, beside: Inputs) -> float:
+def _gate(graph: Path, cases: Sequence[Case], ratio: Key, beside: Inputs) -> float:
     run = plain_runner(graph)
     return compare(graph.name, "fp32", cases, ratio, lambda feed: run({**beside, **feed}))
 
@@ -239,7 +254,7 @@ def _write_graph(model: onnx_ir.Model, store: WeightStore, graph: Path, file: st
     onnx_ir.save(model, graph)
 
 
-def _flops(graph: Path, entries: Mapping[int, RatioEntry], beside: Inputs) -> dict[str, float]:
+def _flops(graph: Path, entries: Mapping[Key, RatioEntry], beside: Inputs) -> dict[str, float]:
     flops = count_flops(graph, FLOPS_LENGTH, beside)
     whole = entries[1].flops["total"] if entries else flops["total"]
     return {"batch": 1, "sequence": FLOPS_LENGTH, **flops, "saved": round(1 - flops["total"] / whole, 6)}
@@ -262,7 +277,7 @@ def _entry(graph: str, plugin: Plugin | None, flops: dict[str, float], error: fl
 
 
 def _manifest(
-    backbone: Backbone, entries: dict[int, RatioEntry], profile: SharedProfile | None, directory: Path
+    backbone: Backbone, entries: dict[Key, RatioEntry], profile: SharedProfile | None, directory: Path
 ) -> Manifest:
     packages = ("torch", "transformers", "onnx", "onnxscript")
     return Manifest(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from variator.errors import BundleError, GateError
 from variator.toolkit.plugin_file import Head
+from variator.toolkit.plugin_format import Key, parse_key
 from variator.toolkit.rows import PER_TOKEN
 from variator.toolkit.stack import LOGITS
 
@@ -62,7 +63,7 @@ class Case:
     """One input of the gate and what PyTorch makes of it, by ratio."""
 
     feed: Feed
-    expected: dict[int, dict[str, Array]]
+    expected: dict[Key, dict[str, Array]]
 
     @property
     def lengths(self) -> list[int]:
@@ -115,7 +116,7 @@ def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dic
             for name, values in feed.items()
         }
         with torch.no_grad():
-            results = _original(backbone, tensors) if module.ratio == 1 else module(**tensors)
+            results = _original(backbone, tensors) if module.multiple == 1 else module(**tensors)
         for name, result in zip(backbone.outputs, results, strict=True):
             shape = tuple(result.shape[1:])
             if name not in outputs:
@@ -151,7 +152,7 @@ def _original(backbone: Backbone, tensors: Mapping[str, object]) -> tuple[object
 
 
 def compare(
-    name: str, precision: str, cases: Sequence[Case], ratio: int, run: Callable[[Feed], Mapping[str, Array]]
+    name: str, precision: str, cases: Sequence[Case], ratio: Key, run: Callable[[Feed], Mapping[str, Array]]
 ) -> float:
     """Run an artefact on every case and compare.
 
@@ -248,12 +249,12 @@ def load_cases(path: Path) -> list[Case]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"cannot read {path}: {error}", fix="export again") from error
-    cases: dict[int, Case] = {}
+    cases: dict[Key, Case] = {}
     for key in sorted(tensors):
         index, part, name = key.split("/")
         case = cases.setdefault(int(index), Case({}, {}))
         if part == "feed":
             case.feed[name] = tensors[key]
         else:
-            case.expected.setdefault(int(part), {})[name] = tensors[key]
+            case.expected.setdefault(parse_key(part), {})[name] = tensors[key]
     return [cases[index] for index in sorted(cases)]

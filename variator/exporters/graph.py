@@ -50,14 +50,14 @@ class Compressed(nn.Module):
             if plugin
             else {}
         )
-        self.ratio = plugin.config.ratio if plugin else 1
+        self.multiple = plugin.config.multiple if plugin else 1
         self.activation = plugin.config.activation if plugin else "tanh"
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """int64 [batch, S] each -> the task's outputs."""
-        if self.ratio == 1:
+        if not self.plugin:
             outputs: tuple[Tensor, ...] = self.model(input_ids, attention_mask, token_type_ids)
             return outputs
         tensors = {name.replace("/", "."): tensor for name, tensor in self.plugin.items()}
@@ -66,7 +66,7 @@ class Compressed(nn.Module):
             attention_mask,
             token_type_ids,
             lambda layer: layer_operands(tensors, layer),
-            self.ratio,
+            self.multiple,
             self.activation,
         )
         return outputs

@@ -13,7 +13,7 @@ from typing import Any
 
 from variator.errors import BundleError, InputError
 from variator.files import inside, sha256_of, write_atomically
-from variator.toolkit.plugin_format import MAX_RATIO, PLUGIN_FORMAT
+from variator.toolkit.plugin_format import PLUGIN_FORMAT, Key, in_order, parse_key
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
@@ -108,7 +108,7 @@ class Manifest:
     outputs: list[str]
     backbone: str
     real: bool
-    ratios: dict[int, RatioEntry]
+    ratios: dict[Key, RatioEntry]
     files: dict[str, FileEntry]
     layout: str = PER_RATIO
     shared: SharedProfile | None = None
@@ -138,12 +138,12 @@ class Manifest:
                 fix="use the version of variator that wrote it, or export again",
             )
         try:
-            ratios = {int(ratio): RatioEntry(**entry) for ratio, entry in data.pop("ratios").items()}
+            ratios = {parse_key(ratio): RatioEntry(**entry) for ratio, entry in data.pop("ratios").items()}
             files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
             profile = data.pop("shared", None)
             shared = None if profile is None else SharedProfile(**profile)
             manifest = Manifest(ratios=ratios, files=files, shared=shared, **data)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, InputError) as error:
             raise BundleError(f"{place} is damaged: {error}", fix=fix) from error
         parts: list[Manifest | RatioEntry | SharedProfile] = [manifest, *ratios.values(), *([shared] if shared else [])]
         wrong = [problem for part in parts for problem in _wrong_kinds(part)] or _wrong_layout(manifest)
@@ -180,9 +180,8 @@ def _wrong_layout(manifest: Manifest) -> list[str]:
     wrong = [] if 1 in manifest.ratios else ["ratio 1 is not listed"]
     sizes = ("hidden_size", "layers", "vocabulary", "max_length")
     wrong += [f"{name} is {getattr(manifest, name)}" for name in sizes if getattr(manifest, name) < 1]
-    wrong += [f"ratio {ratio} is not usable" for ratio in manifest.ratios if not 1 <= ratio <= MAX_RATIO]
     for ratio, entry in manifest.ratios.items():
-        through_shared = manifest.layout == SHARED and ratio > 1
+        through_shared = manifest.layout == SHARED and ratio != 1
         if bool(entry.plugin) != through_shared or (entry.graph == SHARED_GRAPH) != through_shared:
             wrong.append(f"ratio {ratio} has graph {entry.graph!r} and plugin {entry.plugin!r}")
         if entry.head and (manifest.shared is None or not manifest.shared.head or len(manifest.ratios) == 1):
@@ -240,16 +239,16 @@ class Bundle:
                 )
 
     @property
-    def ratios(self) -> list[int]:
-        """The ratios it holds, ascending."""
-        return sorted(self.manifest.ratios)
+    def ratios(self) -> list[Key]:
+        """The ratios it holds, ascending, then other settings by name."""
+        return in_order(self.manifest.ratios)
 
     @property
     def untrained(self) -> bool:
         """Whether any plugin in it was never trained."""
         return any(entry.untrained for entry in self.manifest.ratios.values())
 
-    def ratio(self, ratio: int) -> RatioEntry:
+    def ratio(self, ratio: Key) -> RatioEntry:
         """The entry of a ratio.
 
         Raises:
@@ -263,7 +262,7 @@ class Bundle:
             )
         return self.manifest.ratios[ratio]
 
-    def graph(self, ratio: int) -> Path:
+    def graph(self, ratio: Key) -> Path:
         """Path of a ratio's ONNX graph."""
         return inside(self.path, self.ratio(ratio).graph)
 

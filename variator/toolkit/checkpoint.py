@@ -62,11 +62,11 @@ class Model(nn.Module):
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
         plugin: Callable[[int], LayerPlugin] | None = None,
-        ratio: int = 1,
+        multiple: int = 1,
         activation: str = "tanh",
     ) -> tuple[Tensor, ...]:
         """Arguments as `Encoder.forward`; outputs as `heads.OUTPUTS` names them."""
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids, plugin, ratio, activation)
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids, plugin, multiple, activation)
         outputs: tuple[Tensor, ...] = self.head(hidden, attention_mask.to(hidden.dtype))
         return outputs
 

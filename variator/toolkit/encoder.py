@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variator.toolkit.plugin import ACTIVATIONS, MASKED, LayerPlugin, compressed_ffn
+from variator.toolkit.plugin import ACTIVATIONS, MASKED, LayerPlugin, compressed_ffn, compressed_memory
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,23 @@ class Attention(nn.Module):
         self.value = Linear(d, d, bias=False)
         self.output = Linear(d, d)
 
-    def forward(self, x: Tensor, scores_mask: Tensor) -> Tensor:
-        """x: [batch, S, d]; scores_mask: [batch, 1, 1, S], 0 on tokens and very negative on padding.
+    def forward(self, x: Tensor, scores_mask: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Queries are per token; keys and values are those of `memory`, of `x` itself without.
 
-        Queries are per token. Keys and values are taken from `x` as well; a keys/values site would read
-        its compressed groups (and their mask) here instead.
+        Args:
+            x: [batch, S, d].
+            scores_mask: [batch, 1, 1, n] of the keys, 0 on tokens and very negative on padding.
+            memory: [batch, n, d] compressed groups of the keys/values site.
         """
+        source = x if memory is None else memory
         batch, _, d = x.shape
 
         def split(t: Tensor) -> Tensor:
             return t.reshape(batch, -1, self.heads, d // self.heads)
 
         query = split(self.query(x)).permute(0, 2, 1, 3)
-        key = split(self.key(x)).permute(0, 2, 3, 1)
-        value = split(self.value(x)).permute(0, 2, 1, 3)
+        key = split(self.key(source)).permute(0, 2, 3, 1)
+        value = split(self.value(source)).permute(0, 2, 1, 3)
         weights = torch.softmax(torch.matmul(query, key) + scores_mask, dim=-1)
         context = torch.matmul(weights, value).permute(0, 2, 1, 3).reshape(batch, -1, d)
         y: Tensor = self.output(context)
@@ -114,9 +117,9 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def attend(self, x: Tensor, scores_mask: Tensor) -> Tensor:
-        """The part in front of the FFN site: [batch, S, d] -> [batch, S, d]."""
-        y: Tensor = self.attention_norm(x + self.attention(x, scores_mask))
+    def attend(self, x: Tensor, scores_mask: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The part in front of the FFN site: [batch, S, d] -> [batch, S, d]; arguments as `Attention.forward`."""
+        y: Tensor = self.attention_norm(x + self.attention(x, scores_mask, memory))
         return y
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
@@ -125,7 +128,11 @@ class Layer(nn.Module):
         return z
 
     def forward(self, x: Tensor, mask: Tensor, scores_mask: Tensor, plugin: LayerPlugin, activation: str) -> Tensor:
-        x = self.attend(x, scores_mask)
+        if "kv" in plugin:
+            memory, memory_mask = compressed_memory(x, mask, plugin["kv"], activation)
+            x = self.attend(x, memory_mask, memory)
+        else:
+            x = self.attend(x, scores_mask)
         y = compressed_ffn(x, mask, self.ffn, plugin["ffn"], activation) if "ffn" in plugin else self.ffn(x)
         return self.finish(x, y)
 
@@ -175,7 +182,7 @@ class Encoder(nn.Module):
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
         plugin: Callable[[int], LayerPlugin] | None = None,
-        ratio: int = 1,
+        multiple: int = 1,
         activation: str = "tanh",
         states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -186,7 +193,7 @@ class Encoder(nn.Module):
             attention_mask: int64 [batch, S], 1 for tokens and 0 for padding.
             token_type_ids: int64 [batch, S], or None where all are 0.
             plugin: Gives each layer's sites by its index; None is ratio 1.
-            ratio: The plugin's ratio; S is padded up to a multiple of it once here and cut off at the end.
+            multiple: Of all the plugin's ratios: S is padded up to a multiple of it once here and cut off at the end.
             activation: The plugin's.
             states: If given, every layer's output is appended: [batch, S, d] each.
 
@@ -195,7 +202,7 @@ class Encoder(nn.Module):
         """
         length = input_ids.shape[1]
         if plugin is not None:
-            extra = (length + ratio - 1) // ratio * ratio - length
+            extra = (length + multiple - 1) // multiple * multiple - length
             input_ids, attention_mask = F.pad(input_ids, (0, extra)), F.pad(attention_mask, (0, extra))
             token_type_ids = None if token_type_ids is None else F.pad(token_type_ids, (0, extra))
         x: Tensor = self.embeddings(input_ids, token_type_ids)

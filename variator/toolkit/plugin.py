@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Activations by name, for plugins (all of `ACTIVATION_NAMES`) and backbones alike."""
 
 Site = Mapping[str, Tensor]
-"""The operands of one site in one layer, by the names of `plugin_format.operands`."""
+"""The operands of one site in one layer, by the names of `plugin_format.layer_operands`."""
 
 LayerPlugin = Mapping[str, Site]
 """The sites of one layer, by name; a site that is absent leaves the backbone as it is there."""
@@ -114,7 +114,7 @@ def compressed_ffn(x: Tensor, mask: Tensor, ffn: Callable[[Tensor], Tensor], sit
         x: [batch, n * k, d] what the FFN's first linear map reads.
         mask: [batch, n * k], 1 for tokens and 0 for padding, in the type of `x`.
         ffn: The layer's own FFN, [..., d] -> [..., d], with its biases and activation.
-        site: The operands of the FFN site, see `plugin_format.operands`.
+        site: The operands of the FFN site, see `plugin_format.layer_operands`.
 
     Returns:
         [batch, n * k, d] in place of FFN(x).
@@ -124,3 +124,32 @@ def compressed_ffn(x: Tensor, mask: Tensor, ffn: Callable[[Tensor], Tensor], sit
     merged = compress(group(x, mask, ratio), mask, site["score.weight"], site["score.bias"])
     y = ffn(merged.reshape(batch, -1, d)).reshape(-1, d)
     return expand(y, x.reshape(-1, d), site, activation).reshape(x.shape)
+
+
+def compressed_memory(x: Tensor, mask: Tensor, site: Site, activation: str) -> tuple[Tensor, Tensor]:
+    """The keys/values site: what K and V are computed from instead of every token, and how it is attended to.
+
+    Each group is merged as at the FFN site, with an optional correction of low rank that reads the whole group:
+    c + W_u act(W_d concat(g) + b_d) + b_u. Queries stay per token, so nothing is expanded again. A merged vector stands
+    for as many tokens as its group holds: the logarithm of their number is added to its score (proportional
+    attention: Bolya et al., Token Merging, ICLR 2023).
+
+    Args:
+        x: [batch, n * k, d] the layer's input.
+        mask: [batch, n * k], 1 for tokens and 0 for padding, in the type of `x`.
+        site: `score.weight` [k d, k], `score.bias` [k]; with a correction `down.weight` [k d, r], `down.bias` [r],
+            `up.weight` [r, d], `up.bias` [d].
+
+    Returns:
+        [batch, n, d] and what is added to the attention scores, [batch, 1, 1, n].
+    """
+    batch, _, d = x.shape
+    ratio = site["score.bias"].shape[0]
+    groups = group(x, mask, ratio)
+    merged = compress(groups, mask, site["score.weight"], site["score.bias"])
+    if "down.weight" in site:
+        inner = torch.matmul(groups.reshape(-1, ratio * d), site["down.weight"]) + site["down.bias"]
+        merged = merged + torch.matmul(ACTIVATIONS[activation](inner), site["up.weight"]) + site["up.bias"]
+    tokens = mask.reshape(batch, -1, ratio).sum(dim=-1)
+    scores = torch.log(tokens.clamp(min=1.0)) + (1.0 - tokens.clamp(max=1.0)) * MASKED
+    return merged.reshape(batch, -1, d), scores[:, None, None, :]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from variator.errors import InputError, PluginError, VariatorError
 from variator.files import disk_errors, write_atomically
-from variator.toolkit.plugin_format import PLUGIN_FORMAT, PluginConfig, tensor_shapes
+from variator.toolkit.plugin_format import EXTENDED_FORMAT, PLUGIN_FORMAT, Key, PluginConfig, file_name, tensor_shapes
 
 if TYPE_CHECKING:
     from variator.toolkit.checkpoint import Backbone
@@ -115,7 +115,10 @@ class Plugin:
     def check_tensors(self, where: str) -> None:
         """Raise `PluginError` unless every tensor is there, of its shape and finite; `where` names the plugin."""
         fix = "train it again with `variator train`, or copy the file again"
-        shapes = tensor_shapes(self.config, self.hidden_size, self.layers)
+        try:
+            shapes = tensor_shapes(self.config, self.hidden_size, self.layers)
+        except InputError as error:
+            raise PluginError(f"{where}: {error.what}", fix=fix) from error
         found = {name: np.shape(tensor) for name, tensor in self.tensors.items()}
         if found != shapes:
             wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
@@ -146,11 +149,11 @@ class Plugin:
         if not known or (self.layers, self.hidden_size) != sizes:
             whose = f"fingerprint {self.backbone[:12]}" if self.backbone else "weights unknown"
             raise PluginError(
-                f"the ratio-{self.config.ratio} plugin was trained for another backbone "
+                f"the ratio-{self.config.key} plugin was trained for another backbone "
                 f"({self.family}, {self.layers} layers of {self.hidden_size}, {whose})",
                 valid=f"a plugin for {name} ({family}, {sizes[0]} layers of {sizes[1]}, "
                 f"fingerprint {fingerprint[:12]})",
-                fix=f"variator train {source} --ratio {self.config.ratio} --corpus FILE -o DIR",
+                fix=f"variator train {source} --ratio {self.config.key} --corpus FILE -o DIR",
             )
 
 
@@ -165,7 +168,7 @@ def heads_agree(plugins: Sequence[Plugin]) -> bool:
     return all(same(plugins[0].head, plugin.head) for plugin in plugins)
 
 
-def half(tensor: Array, name: str, ratio: int) -> npt.NDArray[np.float16]:
+def half(tensor: Array, name: str, key: Key) -> npt.NDArray[np.float16]:
     """A tensor in fp16, as plugin files and shared graphs hold it, in C order.
 
     Raises:
@@ -175,7 +178,7 @@ def half(tensor: Array, name: str, ratio: int) -> npt.NDArray[np.float16]:
         found = np.ascontiguousarray(tensor, np.float16)
     if not np.isfinite(found).all():
         raise PluginError(
-            f"tensor {name!r} of the ratio-{ratio} plugin is not finite in fp16",
+            f"tensor {name!r} of the ratio-{key} plugin is not finite in fp16",
             fix="train it again with a lower learning rate",
         )
     return found
@@ -204,14 +207,14 @@ def plugin_bytes(plugin: Plugin) -> bytes:
     Raises:
         PluginError: If a value is not finite or too large for the type.
     """
-    ratio = plugin.config.ratio
-    tensors: dict[str, npt.NDArray[Any]] = {name: half(value, name, ratio) for name, value in plugin.tensors.items()}
+    key = plugin.config.key
+    tensors: dict[str, npt.NDArray[Any]] = {name: half(value, name, key) for name, value in plugin.tensors.items()}
     if plugin.head is not None:
         values = (np.ascontiguousarray(value, np.float32) for value in (plugin.head.weight, plugin.head.bias))
         tensors |= dict(zip(HEAD_TENSORS, values, strict=True))
     header = {
-        "format_version": PLUGIN_FORMAT,
-        "config": asdict(plugin.config),
+        "format_version": PLUGIN_FORMAT if plugin.config.plain and not plugin.config.name else EXTENDED_FORMAT,
+        "config": plugin.config.header(),
         "family": plugin.family,
         "layers": plugin.layers,
         "hidden_size": plugin.hidden_size,
@@ -223,10 +226,10 @@ def plugin_bytes(plugin: Plugin) -> bytes:
 
 
 def save_plugin(plugin: Plugin, directory: Path) -> Path:
-    """Write `ratio-<k>.safetensors` in `directory`, whole or not at all, and return its path."""
+    """Write `ratio-<k>.safetensors` (or by name) in `directory`, whole or not at all, and return its path."""
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"ratio-{plugin.config.ratio}.safetensors"
+    path = directory / file_name(plugin.config.key)
     write_atomically(path, plugin_bytes(plugin))
     return path
 
@@ -251,7 +254,7 @@ def load_plugin(path: Path) -> Plugin:
     try:
         header = json.loads(metadata[HEADER])
         version = header["format_version"]
-        if version == PLUGIN_FORMAT:
+        if version in (PLUGIN_FORMAT, EXTENDED_FORMAT):
             head = [tensors.pop(name) for name in HEAD_TENSORS] if tensors.keys() & set(HEAD_TENSORS) else []
             plugin = Plugin(
                 PluginConfig(**header["config"]), tensors, str(header["family"]), int(header["layers"]),
@@ -261,10 +264,10 @@ def load_plugin(path: Path) -> Plugin:
     except (KeyError, ValueError, TypeError, OverflowError, InputError, PluginError) as error:
         reason = error.what if isinstance(error, VariatorError) else error
         raise PluginError(f"the header or head of plugin {path} is damaged: {reason}", fix=fix) from error
-    if version != PLUGIN_FORMAT:
+    if version not in (PLUGIN_FORMAT, EXTENDED_FORMAT):
         raise PluginError(
             f"{path} has plugin format version {version}",
-            valid=str(PLUGIN_FORMAT),
+            valid=f"{PLUGIN_FORMAT}, {EXTENDED_FORMAT}",
             fix="use the version of variator that wrote it, or train again",
         )
     if not 1 <= plugin.layers <= max(1, len(tensors)) or plugin.hidden_size < 1:
@@ -274,19 +277,19 @@ def load_plugin(path: Path) -> Plugin:
 
 
 def load_named(path: Path) -> Plugin:
-    """Read a plugin file that its ratio gives the name, `ratio-<k>.safetensors`. Errors as `load_plugin`."""
+    """Read a plugin file that its setting gives the name, `ratio-<k>.safetensors`. Errors as `load_plugin`."""
     plugin = load_plugin(path)
-    if path.name != f"ratio-{plugin.config.ratio}.safetensors":
+    if path.name != file_name(plugin.config.key):
         raise PluginError(
-            f"{path} holds a plugin of ratio {plugin.config.ratio}",
-            valid=f"ratio-{plugin.config.ratio}.safetensors",
+            f"{path} holds a plugin of ratio {plugin.config.key}",
+            valid=file_name(plugin.config.key),
             fix="plugin files are named by their ratio; rename it back",
         )
     return plugin
 
 
-def find_plugin(backbone: Backbone, ratio: int, directory: Path | None = None) -> Plugin | None:
-    """The plugin of a ratio: from `directory` if given, else from those that ship with the package.
+def find_plugin(backbone: Backbone, key: Key, directory: Path | None = None) -> Plugin | None:
+    """The plugin of a ratio or name: from `directory` if given, else from those that ship with the package.
 
     Returns:
         None if there is none for this backbone and ratio.
@@ -295,14 +298,14 @@ def find_plugin(backbone: Backbone, ratio: int, directory: Path | None = None) -
         PluginError: If the file in `directory` is damaged or for another backbone.
     """
     if directory is not None:
-        path = directory / f"ratio-{ratio}.safetensors"
+        path = directory / file_name(key)
         if not path.exists():
             return None
         plugin = load_named(path)
         sizes = (backbone.config.layers, backbone.config.hidden_size)
         plugin.check_backbone(backbone.fingerprint, backbone.id, backbone.family, sizes, backbone.source)
         return plugin
-    for path in sorted(SHIPPED.glob(f"*/ratio-{ratio}.safetensors")):
+    for path in sorted(SHIPPED.glob(f"*/{file_name(key)}")):
         plugin = load_plugin(path)
         if plugin.backbone == backbone.fingerprint:
             return plugin

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from variator.errors import PluginError
 from variator.toolkit.bundle import Bundle, Manifest, SharedProfile
 from variator.toolkit.plugin_file import Head, Plugin, half, heads_agree, load_plugin
-from variator.toolkit.plugin_format import layer_operands
+from variator.toolkit.plugin_format import Key, layer_operands
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -57,7 +57,7 @@ def stack(plugin: Plugin) -> Inputs:
     inputs: Inputs = {}
     for name in PLUGIN_INPUTS:
         _, site, operand = name.split(".", 2)
-        inputs[name] = half(np.stack([layer[site][operand] for layer in layers]), operand, plugin.config.ratio)
+        inputs[name] = half(np.stack([layer[site][operand] for layer in layers]), operand, plugin.config.key)
     return inputs
 
 
@@ -82,7 +82,7 @@ def graph_inputs(shared: SharedProfile | None, hidden: int, plugin: Plugin | Non
     return (stack(plugin) if plugin else {}) | (head_inputs(head, hidden) if shared.head else {})
 
 
-def inputs_of(bundle: Bundle, ratio: int, head: Head | None = None) -> Inputs:
+def inputs_of(bundle: Bundle, ratio: Key, head: Head | None = None) -> Inputs:
     """What a ratio's graph takes beside the tokens: its plugin from the bundle, and a head. Empty for `per-ratio`.
 
     Args:
@@ -113,16 +113,16 @@ def neutral_inputs(bundle: Bundle, head: Head | None = None) -> Inputs:
     return neutral(m.layers, m.hidden_size) | graph_inputs(m.shared, m.hidden_size, None, head)
 
 
-def bundle_plugin(bundle: Bundle, ratio: int) -> Plugin | None:
+def bundle_plugin(bundle: Bundle, ratio: Key) -> Plugin | None:
     """The plugin file of a shared bundle, checked like any that is plugged in; None for ratio 1."""
     name = bundle.ratio(ratio).plugin
     if not name:
         return None
     bundle.verify(name)
     plugin = load_plugin(bundle.path / name)
-    if plugin.config.ratio != ratio:
+    if plugin.config.key != ratio:
         raise PluginError(
-            f"{bundle.path / name} holds ratio {plugin.config.ratio}", valid=f"ratio {ratio}", fix="export again"
+            f"{bundle.path / name} holds ratio {plugin.config.key}", valid=f"ratio {ratio}", fix="export again"
         )
     if (plugin.head is not None) != bundle.ratio(ratio).head:
         raise PluginError(
@@ -152,6 +152,12 @@ def check_fits(plugin: Plugin, manifest: Manifest, where: str) -> None:
     sizes = (manifest.layers, manifest.hidden_size)
     plugin.check_backbone(manifest.backbone, manifest.model, manifest.family, sizes)
     plugin.check_tensors(where)
+    if not plugin.config.plain:
+        raise PluginError(
+            f"{where} has a schedule or a keys/values site",
+            valid="one ratio at the FFN of every layer, which is what a shared graph takes",
+            fix="export it with --layout per-ratio",
+        )
     _check_limit(where, "rank", plugin.config.rank, shared.max_rank)
     _check_limit(where, "ratio", plugin.config.ratio, shared.max_ratio)
     if plugin.config.activation != shared.activation:

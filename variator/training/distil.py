@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from variator.toolkit.checkpoint import Model
-from variator.toolkit.plugin_format import PluginConfig, layer_operands
+from variator.toolkit.plugin_format import Key, PluginConfig, layer_operands
 from variator.training.batch import Batch
 from variator.training.objective import Losses, Weights, label_loss, normalised_error, output_terms
 
@@ -23,14 +23,14 @@ def distil_step(
     task: str,
     weights: Weights,
     configs: Sequence[PluginConfig],
-    tensors: Mapping[int, Mapping[str, Tensor]],
+    tensors: Mapping[Key, Mapping[str, Tensor]],
     batch: Batch,
-) -> dict[int, Losses]:
+) -> dict[Key, Losses]:
     """One pass of the teacher, then forward and backward of each student; the gradients are left in the tensors.
 
     Args:
         task: Of the model, a key of `toolkit.heads.OUTPUTS`.
-        tensors: By ratio, by name.
+        tensors: By setting, by name.
     """
     mask = batch.mask.float()
     with torch.no_grad():
@@ -38,7 +38,7 @@ def distil_step(
         hidden = model.encoder(batch.ids, batch.mask, batch.types, states=targets)
         wanted = model.head(hidden, mask)
     return {
-        config.ratio: _student(model, task, weights, config, tensors[config.ratio], batch, targets, wanted)
+        config.key: _student(model, task, weights, config, tensors[config.key], batch, targets, wanted)
         for config in configs
     }
 
@@ -56,7 +56,7 @@ def _student(
     mask = batch.mask.float()
     states: list[Tensor] = []
     plugin = partial(layer_operands, tensors)
-    hidden = model.encoder(batch.ids, batch.mask, batch.types, plugin, config.ratio, config.activation, states)
+    hidden = model.encoder(batch.ids, batch.mask, batch.types, plugin, config.multiple, config.activation, states)
     outputs = model.head(hidden, mask)
     layers = torch.stack([normalised_error(ours, theirs, mask) for ours, theirs in zip(states, targets, strict=True)])
     terms = output_terms(task, outputs, wanted, mask)

@@ -20,49 +20,76 @@ from torch.nn import functional as F
 
 from variator.toolkit.checkpoint import Model
 from variator.toolkit.encoder import masked_scores
-from variator.toolkit.plugin import compressed_ffn
-from variator.toolkit.plugin_format import PluginConfig, layer_operands
+from variator.toolkit.plugin import compressed_ffn, compressed_memory
+from variator.toolkit.plugin_format import Key, PluginConfig, layer_operands
 from variator.training.batch import Batch
 from variator.training.objective import Losses, normalised_error
 
 
 def local_step(
-    model: Model, configs: Sequence[PluginConfig], tensors: Mapping[int, Mapping[str, Tensor]], batch: Batch
-) -> dict[int, Losses]:
+    model: Model, configs: Sequence[PluginConfig], tensors: Mapping[Key, Mapping[str, Tensor]], batch: Batch
+) -> dict[Key, Losses]:
     """One pass of the teacher and of one student per ratio; the gradients are left in the tensors.
 
     Layer by layer, each student reads its own stream (what its compressed layers made so far) and is pulled back to
     the teacher's: the error is taken behind the layer's residual and norm, where the next layer reads, because a few
     outlier dimensions carry nearly all of the FFN output's variance (98 % in MiniLM's first layer). No gradient
-    crosses a layer.
+    crosses a layer. The keys/values site is fitted likewise, behind the attention's residual and norm.
 
     Args:
-        tensors: By ratio, by name.
+        tensors: By setting, by name.
     """
     encoder = model.encoder
-    extra = -batch.ids.shape[1] % math.lcm(*(config.ratio for config in configs))
+    extra = -batch.ids.shape[1] % math.lcm(*(config.multiple for config in configs))
     ids, mask = F.pad(batch.ids, (0, extra)), F.pad(batch.mask, (0, extra))
     types = None if batch.types is None else F.pad(batch.types, (0, extra))
-    errors: dict[int, list[Tensor]] = {config.ratio: [] for config in configs}
-    with torch.no_grad(), whole(encoder):
+    with torch.no_grad(), whole(encoder.embeddings):
         teacher = encoder.embeddings(ids, types)
     float_mask = mask.to(teacher.dtype)
-    scores_mask = masked_scores(float_mask).repeat(1 + len(configs), 1, 1, 1)
-    students = [teacher] * len(configs)
+    scores_mask = masked_scores(float_mask)
+    students = {config.key: teacher for config in configs}
+    errors: dict[Key, list[Tensor]] = {config.key: [] for config in configs}
+    memories: dict[Key, list[Tensor]] = {config.key: [] for config in configs}
     for index, layer in enumerate(encoder.blocks):
+        sites = {config.key: layer_operands(tensors[config.key], index) for config in configs}
         with whole(layer):
             with torch.no_grad():
-                teacher, *students = torch.split(layer.attend(torch.cat([teacher, *students]), scores_mask), len(ids))
-                teacher = layer.finish(teacher, layer.ffn(teacher))
-            for position, config in enumerate(configs):
-                x = students[position]
-                site = layer_operands(tensors[config.ratio], index)["ffn"]
-                output = layer.finish(x, compressed_ffn(x, float_mask, layer.ffn, site, config.activation))
-                error = normalised_error(output, teacher, float_mask)
-                error.backward()  # type: ignore[no-untyped-call]
-                errors[config.ratio].append(error.detach())
-                students[position] = output.detach()
-    return {ratio: Losses(torch.stack(values).mean(), torch.stack(values)) for ratio, values in errors.items()}
+                plain = [key for key in students if "kv" not in sites[key]]
+                together = torch.cat([teacher, *(students[key] for key in plain)])
+                masks = scores_mask.repeat(1 + len(plain), 1, 1, 1)
+                attended, *others = torch.split(layer.attend(together, masks), len(ids))
+                students |= dict(zip(plain, others, strict=True))
+                teacher = layer.finish(attended, layer.ffn(attended))
+            for config in configs:
+                key, site = config.key, sites[config.key]
+                if "kv" in site:
+                    memory, memory_mask = compressed_memory(students[key], float_mask, site["kv"], config.activation)
+                    made = layer.attend(students[key], memory_mask, memory)
+                    memories[key].append(_fit(normalised_error(made, attended, float_mask)))
+                    students[key] = made.detach()
+                x = students[key]
+                if "ffn" in site:
+                    y = compressed_ffn(x, float_mask, layer.ffn, site["ffn"], config.activation)
+                    made = layer.finish(x, y)
+                    errors[key].append(_fit(normalised_error(made, teacher, float_mask)))
+                else:
+                    with torch.no_grad():
+                        made = layer.finish(x, layer.ffn(x))
+                        errors[key].append(normalised_error(made, teacher, float_mask))
+                students[key] = made.detach()
+    return {key: _losses(errors[key], memories[key]) for key in errors}
+
+
+def _fit(error: Tensor) -> Tensor:
+    """Leave the gradient of a site's error in its tensors."""
+    error.backward()  # type: ignore[no-untyped-call]
+    return error.detach()
+
+
+def _losses(layers: list[Tensor], memories: list[Tensor]) -> Losses:
+    terms = {"keys_values": torch.stack(memories).mean()} if memories else {}
+    total = torch.stack(layers).mean()
+    return Losses(total + sum(terms.values(), torch.zeros_like(total)), torch.stack(layers), terms)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class TrainSettings:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        ratios = [plugin.ratio for plugin in self.plugins]
+        ratios = [plugin.key for plugin in self.plugins]
         if not ratios or len(set(ratios)) != len(ratios):
             raise InputError(f"ratios {ratios} to train", valid="at least one ratio, each once")
         if min(self.steps, self.local_steps) < 0 or self.steps + self.local_steps < 1:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from variator.errors import InputError
 from variator.files import write_atomically
+from variator.toolkit.plugin_format import Key, parse_key
 
 STATE_FILE = "training-state.safetensors"
 LOG_FILE = "training.jsonl"
@@ -39,16 +40,16 @@ class Best:
 class State:
     """Tensors and Adam moments by ratio, how far the run is, and what it has seen."""
 
-    tensors: dict[int, dict[str, Tensor]]
-    optimizers: dict[int, torch.optim.AdamW]
+    tensors: dict[Key, dict[str, Tensor]]
+    optimizers: dict[Key, torch.optim.AdamW]
     stage: int = 0
     step: int = 0
     """Of the stage."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Every tenth step's losses, and all scores, as the log has them."""
-    layer_errors: dict[int, list[float]] = field(default_factory=dict)
+    layer_errors: dict[Key, list[float]] = field(default_factory=dict)
     """By ratio, smoothed over steps."""
-    best: dict[int, Best] = field(default_factory=dict)
+    best: dict[Key, Best] = field(default_factory=dict)
 
 
 def new_optimizer(tensors: dict[str, Tensor], device: torch.device) -> torch.optim.AdamW:
@@ -114,7 +115,7 @@ def load_state(state: State, directory: Path, key: str) -> None:
 
 def _fill(state: State, saved: dict[str, Any], tensor_of: Callable[[str], Tensor]) -> None:
     state.stage, state.step, state.history = int(saved["stage"]), int(saved["step"]), list(saved["history"])
-    state.layer_errors = {int(ratio): errors for ratio, errors in saved["layer_errors"].items()}
+    state.layer_errors = {parse_key(ratio): errors for ratio, errors in saved["layer_errors"].items()}
     for ratio, tensors in state.tensors.items():
         for name, tensor in tensors.items():
             if state.step:
@@ -123,8 +124,8 @@ def _fill(state: State, saved: dict[str, Any], tensor_of: Callable[[str], Tensor
             with torch.no_grad():
                 tensor.copy_(tensor_of(f"{ratio}/value/{name}"))
     for ratio, (score, step) in saved["best"].items():
-        kept = {name: tensor_of(f"{ratio}/best/{name}") for name in state.tensors[int(ratio)]}
-        state.best[int(ratio)] = Best(score, step, kept)
+        kept = {name: tensor_of(f"{ratio}/best/{name}") for name in state.tensors[parse_key(ratio)]}
+        state.best[parse_key(ratio)] = Best(score, step, kept)
 
 
 def log(directory: Path, state: State, entry: dict[str, Any]) -> None:

@@ -32,13 +32,13 @@ def student(
         model: Its weights, on `device`.
     """
     plugin = None if config is None else partial(layer_operands, tensors)
-    ratio, activation = (1, "tanh") if config is None else (config.ratio, config.activation)
+    multiple, activation = (1, "tanh") if config is None else (config.multiple, config.activation)
 
     def run(rows: Sequence[Row]) -> dict[str, Tensor]:
         ids, mask = padded([row.ids for row in rows]), padded([[1] * len(row.ids) for row in rows])
         types = padded([row.types for row in rows]) if backbone.token_types else None
         ids, mask = ids.to(device), mask.to(device)
-        hidden = model.encoder(ids, mask, types if types is None else types.to(device), plugin, ratio, activation)
+        hidden = model.encoder(ids, mask, types if types is None else types.to(device), plugin, multiple, activation)
         return dict(zip(OUTPUTS[backbone.task], model.head(hidden, mask.float()), strict=True))
 
     def encode(inputs: Sequence[Input]) -> Outputs:

@@ -28,7 +28,7 @@ from variator.toolkit.checkpoint import Backbone, Model
 from variator.toolkit.encoder import Linear
 from variator.toolkit.plugin import initial_tensors
 from variator.toolkit.plugin_file import Plugin, save_plugin
-from variator.toolkit.plugin_format import PluginConfig
+from variator.toolkit.plugin_format import Key, PluginConfig, file_name, parse_key
 from variator.toolkit.rows import Encode
 from variator.training.batch import Batch, Data
 from variator.training.distil import distil_step
@@ -71,7 +71,7 @@ class Stage:
     name: str
     steps: int
     rate: float
-    step: Callable[[Mapping[int, Mapping[str, Tensor]], Batch], dict[int, Losses]]
+    step: Callable[[Mapping[Key, Mapping[str, Tensor]], Batch], dict[Key, Losses]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Progress:
     stage: str
     step: int
     steps: int
-    loss: dict[int, float]
-    scores: dict[int, float]
+    loss: dict[Key, float]
+    scores: dict[Key, float]
     tokens_per_s: float
 
 
@@ -207,7 +207,7 @@ def _check_start(backbone: Backbone, settings: TrainSettings, start: Sequence[Pl
     for plugin in start:
         if (plugin.layers, plugin.hidden_size) != sizes:
             raise InputError(
-                f"the ratio-{plugin.config.ratio} plugin is for {plugin.layers} layers of {plugin.hidden_size}",
+                f"the ratio-{plugin.config.key} plugin is for {plugin.layers} layers of {plugin.hidden_size}",
                 valid=f"{sizes[0]} layers of {sizes[1]}, as {backbone.id} has",
             )
 
@@ -225,7 +225,7 @@ def _step(run: Run, stage: Stage, state: State) -> Progress:
     started = time.perf_counter()
     settings, processes = run.settings, run.processes
     tokens = 0
-    found: list[dict[int, Losses]] = []
+    found: list[dict[Key, Losses]] = []
     for index in range(settings.accumulate):
         place = (state.step * settings.accumulate + index) * processes.count + processes.rank
         batch = run.data.batch(run.backbone, f"{settings.seed}:{stage.name}", place, settings.tokens)
@@ -233,36 +233,48 @@ def _step(run: Run, stage: Stage, state: State) -> Progress:
         with processes.autocast(run.bf16):
             found.append(stage.step(state.tensors, batch.to(processes.device)))
     rate = one_cycle(state.step, stage.steps, stage.rate, settings.warmup)
-    summaries = {}
+    summaries: dict[Key, Summary] = {}
     for ratio, tensors in state.tensors.items():
-        summary = processes.mean(torch.stack([_numbers(losses[ratio]) for losses in found]).mean(dim=0)).tolist()
-        _check_finite(ratio, stage, state.step, summary, run)
+        summaries[ratio] = _summary(processes, [losses[ratio] for losses in found])
         average_gradients(processes, tensors.values(), 1 / settings.accumulate)
         norm = torch.nn.utils.clip_grad_norm_(tensors.values(), settings.clip)
-        _check_finite(ratio, stage, state.step, [float(norm)], run)
+        _check_finite(run, stage, state.step, ratio, summaries[ratio], float(norm))
         state.optimizers[ratio].param_groups[0]["lr"] = rate
         state.optimizers[ratio].step()
         state.optimizers[ratio].zero_grad(set_to_none=True)
-        summaries[ratio] = summary
-        _smooth(state, ratio, summary[1 : 1 + run.backbone.config.layers])
+        _smooth(state, ratio, summaries[ratio].layers)
     state.step += 1
     speed = processes.count * tokens / (time.perf_counter() - started)
-    _note(run, stage, state, summaries, list(found[0][settings.plugins[0].ratio].terms), rate, speed)
+    _note(run, stage, state, summaries, rate, speed)
     scores = _score(run, stage, state)
-    return Progress(stage.name, state.step, stage.steps, {k: s[0] for k, s in summaries.items()}, scores, speed)
+    return Progress(stage.name, state.step, stage.steps, {k: s.total for k, s in summaries.items()}, scores, speed)
 
 
-def _numbers(losses: Losses) -> Tensor:
-    return torch.cat([losses.total.reshape(1), losses.layers, *(term.reshape(1) for term in losses.terms.values())])
+@dataclass(frozen=True)
+class Summary:
+    """A step's `Losses` as numbers, mean over batches and processes."""
+
+    total: float
+    layers: list[float]
+    terms: dict[str, float]
 
 
-def _check_finite(ratio: int, stage: Stage, step: int, values: Sequence[float], run: Run) -> None:
-    """Stop before a step that is not finite is taken; `values` are the loss, its layers and its terms."""
-    if all(map(math.isfinite, values)):
+def _summary(processes: Processes, found: Sequence[Losses]) -> Summary:
+    def flat(losses: Losses) -> Tensor:
+        return torch.cat([losses.total.reshape(1), losses.layers, *(t.reshape(1) for t in losses.terms.values())])
+
+    total, *rest = processes.mean(torch.stack([flat(losses) for losses in found]).mean(dim=0)).tolist()
+    layers = len(found[0].layers)
+    return Summary(total, rest[:layers], dict(zip(found[0].terms, rest[layers:], strict=True)))
+
+
+def _check_finite(run: Run, stage: Stage, step: int, ratio: Key, summary: Summary, norm: float) -> None:
+    """Stop before a step that is not finite is taken."""
+    if math.isfinite(summary.total) and math.isfinite(norm):
         return
-    layers = values[1 : 1 + run.backbone.config.layers]
-    place = next((index for index, value in enumerate(layers) if not math.isfinite(value)), None)
-    where = "in its gradient" if len(values) == 1 else "behind the last layer" if place is None else f"in layer {place}"
+    place = next((index for index, value in enumerate(summary.layers) if not math.isfinite(value)), None)
+    where = f"in layer {place}" if place is not None else "behind the last layer"
+    where = "in its gradient" if math.isfinite(summary.total) else where
     kept = f"the state saved last is in {run.directory}" if (run.directory / STATE_FILE).exists() else "nothing is kept"
     raise DivergedError(
         f"the loss of ratio {ratio} is no finite number at step {step + 1} of the {stage.name} stage, first {where}; "
@@ -271,26 +283,17 @@ def _check_finite(ratio: int, stage: Stage, step: int, values: Sequence[float], 
     )
 
 
-def _smooth(state: State, ratio: int, errors: Sequence[float]) -> None:
+def _smooth(state: State, ratio: Key, errors: Sequence[float]) -> None:
     before = state.layer_errors.get(ratio, errors)
     state.layer_errors[ratio] = [0.98 * old + 0.02 * new for old, new in zip(before, errors, strict=True)]
 
 
-def _note(
-    run: Run,
-    stage: Stage,
-    state: State,
-    summaries: Mapping[int, Sequence[float]],
-    terms: Sequence[str],
-    rate: float,
-    speed: float,
-) -> None:
+def _note(run: Run, stage: Stage, state: State, summaries: Mapping[Key, Summary], rate: float, speed: float) -> None:
     if not run.processes.main or (state.step % LOG_EVERY and state.step not in (1, stage.steps)):
         return
     loss = {}
-    for ratio, (total, *rest) in summaries.items():
-        layers, others = rest[: -len(terms) or None], rest[len(rest) - len(terms) :]
-        parts = {"total": total, "hidden": sum(layers) / len(layers), **dict(zip(terms, others, strict=True))}
+    for ratio, summary in summaries.items():
+        parts = {"total": summary.total, "hidden": sum(summary.layers) / len(summary.layers), **summary.terms}
         loss[str(ratio)] = {name: float(f"{value:.5g}") for name, value in parts.items()}
     entry = {"stage": stage.name, "step": state.step, "loss": loss, "rate": rate, "tokens_per_s": round(speed)}
     _log(run, state, entry)
@@ -302,26 +305,26 @@ def _log(run: Run, state: State, entry: dict[str, Any]) -> None:
         log(run.directory, state, entry)
 
 
-def _score(run: Run, stage: Stage, state: State) -> dict[int, float]:
+def _score(run: Run, stage: Stage, state: State) -> dict[Key, float]:
     """Scores on the development set where they are due, else the last ones; keeps the best tensors."""
     settings = run.settings
     due = state.step % settings.evaluate_every == 0 or state.step == stage.steps
     if run.judge and due and stage is run.stages[-1]:
         scores = {}
         for config in settings.plugins:
-            tensors = state.tensors[config.ratio]
+            tensors = state.tensors[config.key]
             answers = student(run.backbone, run.model, config, tensors, run.processes.device)
             with run.processes.autocast(run.bf16):
-                scores[config.ratio] = run.judge(answers)
-            best = state.best.get(config.ratio)
-            if best is None or scores[config.ratio] > best.score:
+                scores[config.key] = run.judge(answers)
+            best = state.best.get(config.key)
+            if best is None or scores[config.key] > best.score:
                 kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-                state.best[config.ratio] = Best(scores[config.ratio], state.step, kept)
+                state.best[config.key] = Best(scores[config.key], state.step, kept)
         if run.processes.main:
             entry = {"stage": stage.name, "step": state.step, "metric": run.judge.metric}
             _log(run, state, entry | {"score": {str(ratio): score for ratio, score in scores.items()}})
     last: dict[str, float] = next((entry["score"] for entry in reversed(state.history) if "score" in entry), {})
-    return {int(ratio): score for ratio, score in last.items()}
+    return {parse_key(ratio): score for ratio, score in last.items()}
 
 
 @contextmanager
@@ -357,7 +360,7 @@ def one_cycle(step: int, steps: int, peak: float, warmup: float) -> float:
 
 def _resume(run: Run, overwrite: bool) -> State:
     state = _new_state(run)
-    finished = [c.ratio for c in run.settings.plugins if (run.directory / f"ratio-{c.ratio}.safetensors").exists()]
+    finished = [c.key for c in run.settings.plugins if (run.directory / file_name(c.key)).exists()]
     path = run.directory / STATE_FILE
     if not overwrite and finished and not path.exists():
         raise InputError(
@@ -380,7 +383,7 @@ def _new_state(run: Run) -> State:
         values = initial_tensors(config, sizes.hidden_size, sizes.layers, run.settings.seed)
         if config in given:
             values = {name: torch.tensor(given[config].tensors[name], dtype=torch.float32) for name in values}
-        tensors[config.ratio] = {name: value.to(device).requires_grad_() for name, value in values.items()}
+        tensors[config.key] = {name: value.to(device).requires_grad_() for name, value in values.items()}
     return State(tensors, {ratio: new_optimizer(values, device) for ratio, values in tensors.items()})
 
 
@@ -390,7 +393,7 @@ def _save(run: Run, state: State) -> None:
 
 
 def _finished(run: Run, state: State, config: PluginConfig) -> Plugin:
-    settings, ratio = run.settings, config.ratio
+    settings, ratio = run.settings, config.key
     best = state.best.get(ratio)
     record: dict[str, Any] = {
         "stages": [{"name": s.name, "steps": s.steps, "learning_rate": s.rate} for s in run.stages],
@@ -419,7 +422,7 @@ def _finished(run: Run, state: State, config: PluginConfig) -> Plugin:
     )
 
 
-def _curve(state: State, ratio: int, most: int = 60) -> list[list[Any]]:
+def _curve(state: State, ratio: Key, most: int = 60) -> list[list[Any]]:
     """The loss of the hidden states over the run: [stage, step, mean over layers], thinned."""
     entries = [entry for entry in state.history if "loss" in entry]
     chosen = entries[:: max(1, len(entries) // most)]
