@@ -18,8 +18,8 @@ import transformers
 from variator.exporters.export import ExportSettings, export
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin_file import Head, Plugin, untrained_plugin
-from variator.toolkit.plugin_format import PluginConfig
+from variator.toolkit.plugin_file import Head, Plugin, save_plugin, untrained_plugin
+from variator.toolkit.plugin_format import PluginConfig, scheduled, tensor_shapes
 from variator.toolkit.random_models import write_random_checkpoint, write_word_tokenizer
 
 torch.set_num_threads(1)
@@ -125,3 +125,38 @@ def random_head(hidden: int, classes: int, seed: int = 0) -> Head:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint `random:tiny` writes."""
     return write_random_checkpoint("tiny", tmp_path_factory.mktemp("models") / "toy")
+
+
+LONG = PluginConfig(4, 8, "gelu", keys_values=2, keys_values_rank=4, name="long")
+ONLY_KV = PluginConfig(1, 8, keys_values=4, name="only-kv")
+UNEVEN = scheduled("s50", [(8, 6), (2, 10)], "gelu")
+PARTLY = scheduled("partly", [(1, 8), (4, 8)], keys_values=4)
+FIRST = PluginConfig(4, 8, keys_values=2, first_alone=True, name="first")
+SETTINGS = (FIRST, LONG, ONLY_KV, UNEVEN, PARTLY)
+"""One setting of every kind beyond a ratio."""
+
+
+def made(backbone: Backbone, config: PluginConfig) -> Plugin:
+    """A plugin of a configuration with no tensor at zero."""
+    rng = np.random.default_rng(len(config.name))
+    shapes = tensor_shapes(config, backbone.config.hidden_size, backbone.config.layers)
+    tensors = {
+        name: (0.3 * rng.standard_normal(shape)).astype(np.float16).astype(np.float32) for name, shape in shapes.items()
+    }
+    return replace(lively(backbone, 2), config=config, tensors=tensors)
+
+
+@pytest.fixture(scope="session")
+def named_plugins(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("plugins")
+    for config in SETTINGS:
+        save_plugin(made(backbone, config), place)
+    save_plugin(lively(backbone, 4), place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def named(backbone: Backbone, named_plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny embedder with ratio 4 and every kind of setting, exported; its gate has passed."""
+    place = tmp_path_factory.mktemp("bundles") / "named"
+    return export(backbone, place, ExportSettings((4, *(config.name for config in SETTINGS)), named_plugins))

@@ -59,7 +59,7 @@ def test_the_whole_way_from_a_checkpoint_to_a_report(checkpoint: Path, tmp_path:
     assert [plugin["ratio"] for plugin in trained["plugins"]] == [2, 4]
 
     out = succeed("export", checkpoint, "--ratio", 2, "--ratio", 4, "--plugin", plugins, "-o", bundle, "--name", "tiny")
-    assert "tiny: bert" in out and "UNTRAINED" not in out and "rank 4, tanh" in out
+    assert "tiny: bert" in out and "UNTRAINED" not in out and "rank 4, gelu" in out
     succeed("build", bundle, "--engine", "onnxruntime")
     assert json.loads(succeed("build", bundle, "--engine", "onnxruntime", "--json"))["precision"] == "fp32"
     assert "onnxruntime fp32: built" in succeed("inspect", bundle)
@@ -150,6 +150,24 @@ def test_a_traceback_is_there_for_those_who_ask(tmp_path: Path) -> None:
 )
 def test_wrong_usage_is_status_2(arguments: tuple[object, ...]) -> None:
     assert variator(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--ratio", "4", "--budget", "0.5"),
+        ("--ratio", "4", "--task", "sst2"),
+        ("--ratio", "4", "--from", "plugins", "--rank", "32"),
+        ("--budget", "0.5", "--from", "plugins"),
+        ("--budget", "0.5", "--keys-values", "4"),
+        ("--budget", "0.5", "--steps", "0"),
+    ],
+)
+def test_options_of_train_that_contradict_each_other_are_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "words.txt").write_text("w1 w2 w3")
+    done = variator("train", "random:tiny", "--corpus", tmp_path / "words.txt", "-o", tmp_path / "out", *options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def interrupt_after(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:

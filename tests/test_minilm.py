@@ -48,13 +48,14 @@ def test_it_is_recognised(minilm: Backbone) -> None:
 def test_a_plugin_ships_with_its_record(minilm: Backbone, ratio: int) -> None:
     plugin = find_plugin(minilm, ratio)
     assert plugin is not None and plugin.config.ratio == ratio and not plugin.untrained
-    files = {entry["file"] for entry in plugin.training["corpus"]}
-    assert files == {f"{task}-train.jsonl.gz" for task in ("wikipedia", "stsb", "mnli", "qqp", "qnli", "mrpc")}
-    assert plugin.training["steps"] > 0 and len(plugin.training["layer_errors"]) == 6
+    files = {entry["file"] for entry in plugin.training["data"]}
+    assert files == {f"{task}-train.jsonl.gz" for task in ("wikipedia", "mnli", "qqp", "qnli", "sst2", "rte")}
+    assert [stage["name"] for stage in plugin.training["stages"]] == ["layer-local", "distillation"]
+    assert len(plugin.training["layer_errors"]) == 6
     assert (SHIPPED / "all-MiniLM-L6-v2" / f"ratio-{ratio}.safetensors").stat().st_size < 1_500_000
 
 
-@pytest.mark.parametrize(("ratio", "least"), [(2, 0.90), (4, 0.80), (8, 0.72)])
+@pytest.mark.parametrize(("ratio", "least"), [(2, 0.95), (4, 0.90), (8, 0.87)])
 def test_the_shipped_plugins_keep_embeddings_close(minilm: Backbone, ratio: int, least: float) -> None:
     texts = sentences()
     cosine = cosines(encode(minilm, ratio, texts)["embedding"], encode(minilm, 1, texts)["embedding"])
@@ -73,7 +74,7 @@ def test_the_shipped_plugins_keep_the_order_of_similarities(minilm: Backbone, ra
         if s.metric == "spearman"
     )
     assert score.reference == pytest.approx(0.8672, abs=1e-4)
-    assert score.value > {2: 0.84, 4: 0.81, 8: 0.78}[ratio]
+    assert score.value > {2: 0.858, 4: 0.853, 8: 0.848}[ratio]
 
 
 def test_the_figures_of_readme_and_docs_are_those_of_the_records() -> None:

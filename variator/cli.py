@@ -180,7 +180,7 @@ def run(
     with Runtime.open(bundle, engine, precision, threads) as runtime:
         if plugin is not None:
             runtime.plug(DEFAULT, plugin)
-        result = runtime.infer(text, ratio=parse_key(ratio), truncate=truncate)
+        result = runtime.infer(text, ratio=keys([ratio])[0], truncate=truncate)
         picked = runtime.picked
     if as_json:
         record = asdict(result) | {"outputs": {name: values.tolist() for name, values in result.outputs.items()}}
@@ -282,12 +282,17 @@ def train(
     ] = None,
     task: DatasetOption = None,
     data: DataOption = None,
-    rank: Annotated[int, typer.Option(help="Width of the bottleneck.", min=1)] = 64,
+    rank: Annotated[int | None, typer.Option(help="Width of the bottleneck; 64 by default.", min=1)] = None,
     activation: Annotated[
-        str, typer.Option(help="Of the bottleneck: gelu, tanh (the paper's), gelu_tanh, relu, silu.")
-    ] = "gelu",
-    keys_values: Annotated[int, typer.Option(help="Ratio of the attention's keys and values; for long inputs.")] = 1,
-    keys_values_rank: Annotated[int, typer.Option(help="Rank of their correction, 0 without.", min=0)] = 0,
+        str | None, typer.Option(help="Of the bottleneck: gelu by default, tanh (the paper's), gelu_tanh, relu, silu.")
+    ] = None,
+    keys_values: Annotated[
+        int | None, typer.Option(help="Ratio of the attention's keys and values; for long inputs.")
+    ] = None,
+    keys_values_rank: Annotated[int | None, typer.Option(help="Rank of their correction.", min=0)] = None,
+    first_alone: Annotated[
+        bool, typer.Option("--first-alone", help="Keep [CLS] in a group of its own; for classifiers.")
+    ] = False,
     setting: Annotated[
         str, typer.Option(help="Name of what is trained, where a ratio does not say it all: wide, long.")
     ] = "",
@@ -334,9 +339,26 @@ def train(
 
     if bool(ratio) == (budget is not None):
         raise InputError("train ratios, or a schedule for a budget", valid="either --ratio 4 … or --budget 0.5")
+    if dev and task:
+        raise InputError("--dev is for plain text", fix=f"--data DIR with DIR/{task}/dev.jsonl")
+    shaped = [rank, activation, keys_values, keys_values_rank, setting or None, first_alone or None]
+    if start and (budget is not None or any(value is not None for value in shaped)):
+        raise InputError("plugins that are gone on --from keep their rank, activation and sites", fix="leave those out")
+    if budget is not None and (steps == 0 or any(value is not None for value in (rank, *shaped[2:4], shaped[5]))):
+        raise InputError(
+            "--budget chooses ratio and rank per layer at the FFN site", valid="--activation, --setting and --steps"
+        )
     before = [load_named(start / file_name(key)) for key in keys(ratio)] if start else []
     fresh = tuple(
-        PluginConfig(check_ratio(key), rank, activation, keys_values, keys_values_rank, name=setting)
+        PluginConfig(
+            check_ratio(key),
+            rank or 64,
+            activation or "gelu",
+            keys_values or 1,
+            keys_values_rank or 0,
+            first_alone=first_alone,
+            name=setting,
+        )
         for key in keys(ratio or ["2"])
         if not start
     )
@@ -360,11 +382,13 @@ def train(
         backbone = load_backbone(model, kind, name)
         on_stage("reading the texts")
         texts: Data = adaptation(backbone, task, data) if task else read_corpus(corpus or [], seed)
-        judge = development(backbone, task, data or dev)
+        judge = development(backbone, task, data if task else dev)
     with _training_bar() as on_step:
         if budget is not None:
-            settings, before = within_budget(backbone, texts, budget, setting, settings, output, on_step)
+            settings, before = within_budget(backbone, texts, budget, setting, settings, output, on_step, overwrite)
         plugins = verb(backbone, texts, settings, output, on_step, judge, before, overwrite)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes speaks for all
     if as_json:
         _print_json(
             {"directory": str(output), "plugins": [asdict(p.config) | {"training": p.training} for p in plugins]}
@@ -488,6 +512,7 @@ def evaluate(
     engine: EngineOption = "auto",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 0,
+    kind: TaskOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a bundle's engine, or a checkpoint in PyTorch, on a task's development split."""
@@ -498,7 +523,7 @@ def evaluate(
 
     split = read_split(task_named(task), "dev", data)
     with stages() as on_stage:
-        settings = EvalSettings(keys(ratio), plugin, engine, precision, threads)
+        settings = EvalSettings(keys(ratio), plugin, engine, precision, threads, kind)
         found = verb(place, split, settings, on_stage)
     if as_json:
         _print_json([asdict(one) for one in found])
@@ -511,7 +536,10 @@ def evaluate(
 
 def keys(ratios: list[str] | None) -> tuple[Key, ...]:
     """`["4", "long"]` -> (4, "long")."""
-    return tuple(map(parse_key, ratios or ()))
+    try:
+        return tuple(map(parse_key, ratios or ()))
+    except InputError as error:
+        raise typer.BadParameter(f"{error.what}; {error.valid}, or a name") from error
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:

@@ -268,8 +268,8 @@ def test_a_rank_beyond_the_profile_is_refused(runtime: Runtime, backbone: Backbo
 def test_files_that_are_no_plugins_are_refused(runtime: Runtime, backbone: Backbone, tmp_path: Path) -> None:
     data = plugin_bytes(lively(backbone, 4))
     (tmp_path / "cut.safetensors").write_bytes(data[:-7])
-    (tmp_path / "new.safetensors").write_bytes(data.replace(b'format_version\\": 1', b'format_version\\": 2'))
-    for name, message in (("cut", "cannot read"), ("new", "format version 2"), ("none", "cannot read")):
+    (tmp_path / "new.safetensors").write_bytes(data.replace(b'format_version\\": 1', b'format_version\\": 3'))
+    for name, message in (("cut", "cannot read"), ("new", "format version 3"), ("none", "cannot read")):
         with pytest.raises(PluginError, match=message):
             runtime.plug("task", tmp_path / f"{name}.safetensors")
     with pytest.raises(InputError, match="no plugin file"):

@@ -36,14 +36,14 @@ def squad(answers: list[dict[str, Any]], context: str = "The tower is in Paris."
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "squad"])
-@pytest.mark.parametrize("name", ["train.jsonl", "train-part.jsonl.gz"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train-part.jsonl.gz", "train_matched.jsonl"])
 def test_local_files_in_their_folder_are_read(tmp_path: Path, task: str, name: str) -> None:
     write(tmp_path / task / name, [row(task, label=0), "", row(task)])
     write(tmp_path / task / "tokenised_train.jsonl", [row(task)] * 9)
     split = read_split(TASKS[task], "train", tmp_path)
     texts = tuple(f"some {field}" for field in TASKS[task].fields)
     assert list(split.examples) == [Example(texts, 0), Example(texts, 1)]
-    assert split.sample and split.label == f"{task} train (sample: 2 of {TASKS[task].sizes['train']:,})"
+    assert split.label == f"{task} train (sample: 2 of {TASKS[task].sizes['train']:,})"
     assert split.origin[0].startswith(name)
 
 
@@ -53,6 +53,26 @@ def test_several_files_and_a_single_file(tmp_path: Path) -> None:
     assert [e.texts for e in read_split(TASKS["sst2"], "dev", tmp_path).examples] == [("some sentence",), ("b",)]
     assert [e.texts for e in read_split(TASKS["sst2"], "dev", path).examples] == [("b",)]
     assert [e.texts for e in read_split(TASKS["sst2"], "dev", tmp_path / "sst2").examples][1] == ("b",)
+
+
+def test_a_single_file_gives_the_split_its_own_name(tmp_path: Path) -> None:
+    for name, label in (("test", "sst2 test (2 rows)"), ("dev", "sst2 dev (sample: 2 of 872)")):
+        path = write(tmp_path / f"{name}.jsonl.gz", [row("sst2"), row("sst2")])
+        assert read_split(TASKS["sst2"], "dev", path).label == label
+    many = write(tmp_path / "more" / "dev.jsonl", [row("rte")] * 300)
+    assert read_split(TASKS["rte"], "dev", many).label == "rte dev (300 rows, the official split has 277)"
+
+
+def test_only_the_splits_own_files_are_taken(tmp_path: Path) -> None:
+    write(tmp_path / "mnli" / "dev_matched.jsonl", [row("mnli")])
+    write(tmp_path / "mnli" / "dev_mismatched.jsonl", [row("mnli")] * 5)
+    write(tmp_path / "mnli" / "development.jsonl", [row("mnli")] * 5)
+    assert len(read_split(TASKS["mnli"], "dev", tmp_path).examples) == 1
+    write(tmp_path / "mnli" / "dev_matched.jsonl.gz", [row("mnli")])
+    with pytest.raises(CorpusError, match="plain and as"):
+        read_split(TASKS["mnli"], "dev", tmp_path)
+    with pytest.raises(CorpusError, match="no directory"):
+        read_split(TASKS["mnli"], "dev", tmp_path / "nowhere")
 
 
 def test_squad_is_flattened_with_all_answers(tmp_path: Path) -> None:
@@ -108,6 +128,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     write(tmp_path / "sst2" / "dev.jsonl", [""])
     with pytest.raises(CorpusError, match="no rows"):
         read_split(TASKS["sst2"], "dev", tmp_path)
+    (tmp_path / "sst2" / "dev.jsonl").unlink()
     (tmp_path / "sst2" / "dev.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(CorpusError, match="cannot read"):
         read_split(TASKS["sst2"], "dev", tmp_path)
@@ -152,6 +173,6 @@ def test_names_are_forgiving() -> None:
 @pytest.mark.skipif(not SHARED.exists(), reason="the real data is not at hand")
 def test_the_real_files_have_the_published_sizes() -> None:
     whole = {"mnli", "qnli", "rte", "sst2", "mrpc", "squad", "stsb"}
-    assert {name for name in TASKS if not read_split(TASKS[name], "dev", SHARED).sample} == whole
+    assert {name for name in TASKS if read_split(TASKS[name], "dev", SHARED).label == f"{name} dev"} == whole
     assert len(read_split(TASKS["sst2"], "train", SHARED).examples) == 67_349
     assert "7,600 of 40,430" in read_split(TASKS["qqp"], "dev", SHARED).label

@@ -118,6 +118,15 @@ def test_a_long_question_leaves_room_for_the_context(tokenizer: Tokenizer) -> No
     assert {span for window in found for span in window.spans if span} == {(m, m + len(w)) for w, m in _places()}
 
 
+def test_a_tokenizer_that_pads_changes_nothing(tokenizer: Tokenizer) -> None:
+    padding = Tokenizer.from_str(tokenizer.to_str())
+    padding.enable_padding(length=128)
+    found, expected = (squad.windows(one, [question("w30 w31")], 24) for one in (padding, tokenizer))
+    assert found == expected
+    asked = [tokenizer.token_to_id(word) for word in ("w1", "w2", "w3")]
+    assert all(list(window.row.ids[1:4]) == asked for window in found)
+
+
 def test_squad_takes_the_best_span_over_all_windows(tokenizer: Tokenizer) -> None:
     examples = [question("w45 w46"), question("w7")]
     wanted = {0: ("w45", "w46"), 1: ("w7", "w7")}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import lively
+from tests.conftest import SETTINGS, made
 from variator.bench.run import BenchSettings, bench
 from variator.bench.table import grids, markdown
 from variator.engines.build import build
@@ -20,8 +20,8 @@ from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
-from variator.toolkit.plugin import MASKED, compressed_memory, initial_tensors
-from variator.toolkit.plugin_file import Plugin, find_plugin, load_plugin, save_plugin
+from variator.toolkit.plugin import MASKED, compressed_memory, compression, initial_tensors
+from variator.toolkit.plugin_file import find_plugin, load_plugin
 from variator.toolkit.plugin_format import (
     PluginConfig,
     SiteSize,
@@ -37,37 +37,7 @@ from variator.training.settings import TrainSettings
 from variator.training.student import answering
 from variator.training.train import train
 
-LONG = PluginConfig(4, 8, "gelu", keys_values=2, keys_values_rank=4, name="long")
-ONLY_KV = PluginConfig(1, 8, keys_values=4, name="only-kv")
-UNEVEN = scheduled("s50", [(8, 6), (2, 10)], "gelu")
-PARTLY = scheduled("partly", [(1, 8), (4, 8)], keys_values=4)
-ALL = (LONG, ONLY_KV, UNEVEN, PARTLY)
-
-
-def made(backbone: Backbone, config: PluginConfig) -> Plugin:
-    """A plugin of a configuration with no tensor at zero."""
-    rng = np.random.default_rng(len(config.name))
-    shapes = tensor_shapes(config, backbone.config.hidden_size, backbone.config.layers)
-    tensors = {
-        name: (0.3 * rng.standard_normal(shape)).astype(np.float16).astype(np.float32) for name, shape in shapes.items()
-    }
-    return replace(lively(backbone, 2), config=config, tensors=tensors)
-
-
-@pytest.fixture(scope="module")
-def plugins(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("plugins")
-    for config in ALL:
-        save_plugin(made(backbone, config), place)
-    save_plugin(lively(backbone, 4), place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def named(backbone: Backbone, plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny embedder with ratio 4 and every kind of setting, exported; its gate has passed."""
-    place = tmp_path_factory.mktemp("bundles") / "named"
-    return export(backbone, place, ExportSettings((4, *(config.name for config in ALL)), plugins))
+FIRST, LONG, ONLY_KV, UNEVEN, PARTLY = SETTINGS
 
 
 def test_the_keys_values_site_computes_its_equations() -> None:
@@ -115,7 +85,7 @@ def test_groups_of_equal_tokens_are_attended_to_as_the_tokens_are(backbone: Back
     torch.testing.assert_close(layer.attend(x, scores, memory)[mask > 0], whole[mask > 0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", SETTINGS, ids=lambda config: config.name)
 def test_padding_and_neighbours_do_not_change_a_result(backbone: Backbone, config: PluginConfig) -> None:
     answer = answering(backbone, made(backbone, config))
     texts = ["w1", "w2 w3 w4", " ".join(f"w{i}" for i in range(30)), " ".join(f"w{i}" for i in range(8))]
@@ -133,35 +103,52 @@ def test_an_untrained_schedule_leaves_layers_of_ratio_1_alone() -> None:
     assert LONG.sites(1) == {"ffn": (4, 8), "kv": (2, 4)} and PARTLY.multiple == 4 and UNEVEN.multiple == 8
 
 
-def test_settings_are_files_with_their_name(backbone: Backbone, plugins: Path) -> None:
-    assert sorted(path.name for path in plugins.iterdir()) == [
+def test_a_first_token_that_is_alone_goes_through_the_ffn_as_at_ratio_1(backbone: Backbone) -> None:
+    """With plugins that only merge, the first layer changes every token but the first."""
+    alone, merged = PluginConfig(4, 8, first_alone=True, name="x"), PluginConfig(4, 8)
+    ids = torch.randint(5, 60, (2, 11))
+    mask = torch.ones_like(ids)
+    states: dict[str, list[torch.Tensor]] = {"whole": [], "alone": [], "merged": []}
+    with torch.no_grad():
+        backbone.model.encoder(ids, mask, states=states["whole"])
+        for name, config in (("alone", alone), ("merged", merged)):
+            plugin = compression(config, initial_tensors(config, 32, 2))
+            backbone.model.encoder(ids, mask, None, plugin, states[name])
+    whole, one, other = (states[name][0] for name in ("whole", "alone", "merged"))
+    assert whole.shape == one.shape == other.shape == (2, 11, 32)
+    torch.testing.assert_close(one[:, 0], whole[:, 0], atol=1e-5, rtol=1e-5)
+    assert (other[:, 0] - whole[:, 0]).abs().max() > 1e-2 < (one[:, 1] - whole[:, 1]).abs().max()
+
+
+def test_settings_are_files_with_their_name(backbone: Backbone, named_plugins: Path) -> None:
+    assert sorted(path.name for path in named_plugins.iterdir()) == [
         "ratio-4.safetensors",
-        *(f"setting-{name}.safetensors" for name in ("long", "only-kv", "partly", "s50")),
+        *(f"setting-{name}.safetensors" for name in ("first", "long", "only-kv", "partly", "s50")),
     ]
-    for config in ALL:
-        plugin = find_plugin(backbone, config.name, plugins)
+    for config in SETTINGS:
+        plugin = find_plugin(backbone, config.name, named_plugins)
         assert plugin is not None and plugin.config == config and plugin.config.key == config.name
         assert isinstance(plugin.config.schedule, tuple) and all(
             isinstance(s, SiteSize) for s in plugin.config.schedule
         )
 
 
-def test_an_old_reader_would_be_told_its_age(plugins: Path) -> None:
+def test_an_old_reader_would_be_told_its_age(named_plugins: Path) -> None:
     from safetensors import safe_open
 
     versions = {}
-    for path in plugins.iterdir():
+    for path in named_plugins.iterdir():
         with safe_open(path, framework="np") as file:
             versions[path.name] = '"format_version": 1' in file.metadata()["variator.plugin"]
     assert versions == {name: name == "ratio-4.safetensors" for name in versions}
 
 
 def test_every_setting_is_a_graph_that_costs_what_it_says(named: Bundle) -> None:
-    assert named.ratios == [1, 4, "long", "only-kv", "partly", "s50"]
+    assert named.ratios == [1, 4, "first", "long", "only-kv", "partly", "s50"]
     assert {entry.graph for entry in named.manifest.ratios.values()} == {
         "ratio-1.onnx",
         "ratio-4.onnx",
-        *(f"setting-{config.name}.onnx" for config in ALL),
+        *(f"setting-{config.name}.onnx" for config in SETTINGS),
     }
     d, inner, length = 32, 64, 64
     flops = {ratio: count_flops(named.graph(ratio), length) for ratio in named.ratios}
@@ -175,7 +162,7 @@ def test_every_setting_is_a_graph_that_costs_what_it_says(named: Bundle) -> None
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engines_and_runtime_serve_settings_by_name(
-    backbone: Backbone, named: Bundle, engine: str, plugins: Path
+    backbone: Backbone, named: Bundle, engine: str, named_plugins: Path
 ) -> None:
     if engine == "openvino":
         pytest.importorskip("openvino")
@@ -184,12 +171,12 @@ def test_engines_and_runtime_serve_settings_by_name(
     with Runtime.open(named.path, engine, "fp32") as runtime:
         for ratio in named.ratios:
             result = runtime.infer(texts, ratio=ratio)
-            plugin = find_plugin(backbone, ratio, plugins) if ratio != 1 else None
+            plugin = find_plugin(backbone, ratio, named_plugins) if ratio != 1 else None
             np.testing.assert_allclose(
                 result.outputs["embedding"], answering(backbone, plugin)(texts)["embedding"], atol=1e-4
             )
             assert result.ratio == ratio
-        with pytest.raises(InputError, match=r"'longer'(.|\n)*1, 4, long, only-kv"):
+        with pytest.raises(InputError, match=r"'longer'(.|\n)*1, 4, first, long, only-kv"):
             runtime.infer(texts, ratio="longer")
         assert runtime.plugins["default"] == named.ratios and runtime.loaded == named.ratios
 
@@ -210,29 +197,35 @@ def test_bench_treats_a_setting_like_a_ratio(named: Bundle) -> None:
 
 
 def test_a_shared_graph_takes_plain_ratios_only(
-    backbone: Backbone, shared_bundle: Bundle, plugins: Path, tmp_path: Path
+    backbone: Backbone, shared_bundle: Bundle, named_plugins: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(PluginError, match=r"'long' has a schedule or a keys/values site(.|\n)*per-ratio"):
-        export(backbone, tmp_path / "b", ExportSettings(("long",), plugins, layout="shared"))
+    with pytest.raises(PluginError, match=r"'long' is more than a ratio(.|\n)*per-ratio"):
+        export(backbone, tmp_path / "b", ExportSettings(("long",), named_plugins, layout="shared"))
     with (
         Runtime.open(shared_bundle.path, "onnxruntime") as runtime,
-        pytest.raises(PluginError, match="keys/values site"),
+        pytest.raises(PluginError, match="more than a ratio"),
     ):
-        runtime.plug("x", plugins / "setting-long.safetensors")
+        runtime.plug("x", named_plugins / "setting-long.safetensors")
     with pytest.raises(PluginError, match="no plugin of ratio unknown"):
-        export(backbone, tmp_path / "b", ExportSettings(("unknown",), plugins, untrained=True))
+        export(backbone, tmp_path / "b", ExportSettings(("unknown",), named_plugins, untrained=True))
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("config", [LONG, ONLY_KV, PARTLY], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [LONG, ONLY_KV, PARTLY, FIRST], ids=lambda config: config.name)
 def test_settings_train_in_both_stages(backbone: Backbone, tmp_path: Path, config: PluginConfig) -> None:
     words = tmp_path / "words.txt"
     words.write_text("\n".join(" ".join(f"w{(i * j) % 59}" for j in range(3 + i % 20)) for i in range(200)))
-    settings = TrainSettings((config, PluginConfig(2, 8)), 30, 30, tokens=256, precision="fp32")
+    settings = TrainSettings(
+        (config, replace(PluginConfig(2, 8), first_alone=config.first_alone, name="other")),
+        30,
+        30,
+        tokens=256,
+        precision="fp32",
+    )
     corpus = read_corpus([words])
     (plugin, _) = train(backbone, corpus, settings, tmp_path / "out")
     first = json.loads((tmp_path / "out" / "training.jsonl").read_text().splitlines()[0])["loss"]
-    assert set(first[config.name]) == {"total", "hidden", "keys_values"} and set(first["2"]) == {"total", "hidden"}
+    assert set(first[config.name]) == {"total", "hidden", "keys_values"} and set(first["other"]) == {"total", "hidden"}
     start = initial_tensors(config, 32, 2)
 
     def loss(tensors: dict[str, torch.Tensor]) -> float:
@@ -257,6 +250,7 @@ def test_settings_train_in_both_stages(backbone: Backbone, tmp_path: Path, confi
         ({"keys_values": 3, "ratio": 8, "name": "x"}, "multiple of 24"),
         ({"keys_values": 17, "name": "x"}, "ratio 17"),
         ({"keys_values_rank": -1, "keys_values": 2, "name": "x"}, "rank -1"),
+        ({"first_alone": True}, "needs a name"),
         ({"name": "Long"}, "name 'Long'"),
         ({"name": "../x"}, "name"),
     ],

@@ -9,19 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import lively
-from variator.errors import InputError, PluginError
-from variator.exporters.export import ExportSettings, export
+from tests.conftest import SETTINGS, lively
+from variator.errors import InputError
 from variator.exporters.flops import count_flops
+from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.plugin_file import load_plugin
 from variator.toolkit.plugin_format import PluginConfig, SiteSize
 from variator.training.budget import cheapest, layer_flops, sensitivity, within_budget
 from variator.training.corpus import Corpus, read_corpus
 from variator.training.settings import TrainSettings
-from variator.training.train import train
+from variator.training.train import InterruptedTrainingError, Progress, train
 
 CONFIG = PluginConfig(2, 8, "gelu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps, and candidates that pay on a toy."""
+    monkeypatch.setattr("variator.training.budget.FIT_STEPS", 20)
+    monkeypatch.setattr("variator.training.budget.CANDIDATES", (SiteSize(2, 2), SiteSize(4, 2), SiteSize(8, 4)))
 
 
 @pytest.fixture(scope="module")
@@ -51,43 +58,68 @@ def test_the_cheapest_choice_is_the_one_that_trying_all_finds() -> None:
 
 
 @pytest.mark.parametrize("length", [64, 37])
-def test_costs_are_those_of_the_exported_graph(backbone: Backbone, tmp_path: Path, length: int) -> None:
-    from tests.toolkit.test_settings import ALL, made
-    from variator.toolkit.plugin_file import save_plugin
-
-    for config in ALL:
-        save_plugin(made(backbone, config), tmp_path / "plugins")
-    names = tuple(config.name for config in ALL)
-    bundle = export(backbone, tmp_path / "bundle", ExportSettings(names, tmp_path / "plugins"))
-    for config in ALL:
-        counted = count_flops(bundle.graph(config.name), length)
-        padded = length + -length % config.multiple
+def test_costs_are_those_of_the_exported_graph(backbone: Backbone, named: Bundle, length: int) -> None:
+    for config in SETTINGS:
+        counted = count_flops(named.graph(config.name), length)
+        lead = config.multiple - 1 if config.first_alone else 0
+        padded = lead + length + -(lead + length) % config.multiple
         found = sum(layer_flops(backbone.config, padded, config.sites(layer)) for layer in range(2))
         assert found == pytest.approx(counted["total"] - counted["head"], rel=1e-9), config.name
 
 
 def test_a_schedule_is_chosen_trained_and_resumed(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:
     settings = TrainSettings((CONFIG,), 800, 10, tokens=256, precision="fp32")
-    chosen, _ = within_budget(backbone, corpus, 0.2, "", settings, tmp_path)
+    chosen, first = within_budget(backbone, corpus, 0.1, "", settings, tmp_path)
     (config,) = chosen.plugins
-    assert config.name == "s20" and config.activation == "gelu" and chosen.local_steps == 0
-    record = json.loads((tmp_path / "s20.choice" / "choice.json").read_text())
-    assert record["saved"] >= 0.2 and len(record["errors"]) == 2
+    assert config.name == "s10" and config.activation == "gelu" and chosen.local_steps == 0
+    record = json.loads((tmp_path / "s10.choice" / "choice.json").read_text())
+    assert record["saved"] >= 0.1 and len(record["errors"]) == 2
     assert [tuple(size) for size in record["schedule"]] == list(config.schedule)
     assert all(layer["1/1"] == 0 for layer in record["errors"])
-    again, same = within_budget(backbone, corpus, 0.2, "", settings, tmp_path)
-    assert again == chosen and same[0].digest == load_plugin(tmp_path / "s20.choice" / "setting-s20.safetensors").digest
-    train(backbone, corpus, chosen, tmp_path, start=same)
-    assert load_plugin(tmp_path / "setting-s20.safetensors").config == config
+    again, same = within_budget(backbone, corpus, 0.1, "", settings, tmp_path)
+    assert again == chosen and same[0].digest == load_plugin(tmp_path / "s10.choice" / "setting-s10.safetensors").digest
+    with pytest.raises(InterruptedTrainingError):
+        train(backbone, corpus, chosen, tmp_path, stop, start=first)
+    steps: list[int] = []
+    train(backbone, corpus, again, tmp_path, lambda progress: steps.append(progress.step), start=same)
+    assert steps[0] == 5
+    assert load_plugin(tmp_path / "setting-s10.safetensors").config == config
+    assert sorted(path.name for path in (tmp_path / "s10.choice").iterdir()) == [
+        "choice.json",
+        "choice.sha256",
+        "setting-s10.safetensors",
+    ]
 
 
-def test_a_choice_for_another_backbone_is_refused(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:
+def stop(progress: Progress) -> None:
+    if progress.step == 4:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_choice_goes_on(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:
+    settings = TrainSettings((CONFIG,), 800, 10, tokens=256, precision="fp32")
+    with pytest.raises(InterruptedTrainingError):
+        within_budget(backbone, corpus, 0.1, "", settings, tmp_path, stop)
+    steps: list[int] = []
+    within_budget(backbone, corpus, 0.1, "", settings, tmp_path, lambda progress: steps.append(progress.step))
+    assert steps[0] == 5
+
+
+def test_a_choice_of_something_else_is_refused(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:
     from dataclasses import replace
 
     settings = TrainSettings((CONFIG,), 800, 10, tokens=256, precision="fp32")
-    within_budget(backbone, corpus, 0.2, "half", settings, tmp_path)
-    with pytest.raises(PluginError, match="another backbone"):
-        within_budget(replace(backbone, fingerprint="0" * 64), corpus, 0.2, "half", settings, tmp_path)
+    within_budget(backbone, corpus, 0.1, "half", settings, tmp_path)
+    tanh = replace(settings, plugins=(PluginConfig(2, 8),))
+    for other in (
+        (replace(backbone, fingerprint="0" * 64), 0.2, settings),
+        (backbone, 0.21, settings),
+        (backbone, 0.2, tanh),
+    ):
+        with pytest.raises(InputError, match="a choice with another budget"):
+            within_budget(other[0], corpus, other[1], "half", other[2], tmp_path)
+    chosen, _ = within_budget(backbone, corpus, 0.1, "half", tanh, tmp_path, overwrite=True)
+    assert chosen.plugins[0].activation == "tanh"
 
 
 @pytest.mark.parametrize("budget", [0.0, 1.0, -1, 0.9, float("nan")])

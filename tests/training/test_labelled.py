@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import lively, write_checkpoint
+from tests.tasks.toys import write_tasks
 from variator.bench.evaluate import EvalSettings, evaluate
 from variator.errors import InputError, PluginError, VariatorError
 from variator.exporters.export import ExportSettings, export
@@ -34,32 +35,7 @@ SETTINGS = TrainSettings(PLUGINS, 0, 40, tokens=512, precision="fp32", evaluate_
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Toy tasks that a toy can learn: the label is whether `w1` or `w2` is said; the answer follows `w3`."""
-    directory = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 400), ("dev", 80)):
-        rows = {"sst2": [], "rte": [], "stsb": []}
-        questions = []
-        for _ in range(count):
-            words = [f"w{i}" for i in rng.integers(4, 60, rng.integers(3, 12))]
-            label = int(rng.integers(2))
-            said = [*words, f"w{1 + label}"]
-            rng.shuffle(said)
-            rows["sst2"].append({"sentence": " ".join(said), "label": label})
-            rows["rte"].append({"sentence1": " ".join(said), "sentence2": " ".join(words[:3]), "label": label})
-            other = [f"w{i}" for i in rng.integers(4, 60, 6)]
-            shared = int(rng.integers(6))
-            mixed = " ".join(other[:shared] + words[: 6 - shared])
-            rows["stsb"].append({"sentence1": " ".join(other), "sentence2": mixed, "label": shared})
-            context = " ".join([*words, "w3", f"w{60 + label}", *words[::-1]])
-            answer = {"text": f"w{60 + label}", "answer_start": context.index(f"w{60 + label}")}
-            questions.append({"context": context, "qas": [{"question": "w3 w3", "answers": [answer]}]})
-        for task, lines in rows.items():
-            (directory / task).mkdir(exist_ok=True)
-            (directory / task / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        (directory / "squad").mkdir(exist_ok=True)
-        (directory / "squad" / f"{name}.json").write_text(json.dumps({"data": [{"paragraphs": questions}]}))
-    return directory
+    return write_tasks(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +115,10 @@ def test_what_does_not_fit_is_said(tuned: dict[str, Path], backbone: Backbone, d
     (tmp_path / "mnli" / "dev.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match="2 classes, mnli has 3"):
         TaskJudge(read_split(TASKS["mnli"], "dev", tmp_path), two)
+    with pytest.raises(InputError, match="2 classes apart, mnli has 3"):
+        evaluate(tuned["sst2"], read_split(TASKS["mnli"], "dev", tmp_path), EvalSettings())
+    with pytest.raises(InputError, match="one file"):
+        adaptation(backbone, "stsb", data / "stsb" / "train.jsonl")
     with pytest.raises(InputError, match="embeddings as they are"):
         finetune(str(tuned["sst2"]), read_split(TASKS["stsb"], "train", data), tmp_path / "x", FinetuneSettings())
     with pytest.raises(InputError, match="exists already"):
@@ -167,11 +147,59 @@ def test_an_interrupted_fine_tuning_goes_on_from_its_epoch(bert: Path, data: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_fine_tuning_that_diverges_writes_nothing(bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_fine_tuning_that_diverges_writes_nothing_and_leaves_nothing(bert: Path, data: Path, tmp_path: Path) -> None:
     split = read_split(TASKS["sst2"], "train", data)
+    wild = FinetuneSettings(epochs=1, learning_rate=1e30, precision="fp32")
     with pytest.raises(VariatorError, match="lower --learning-rate"):
-        finetune(str(bert), split, tmp_path / "out", FinetuneSettings(epochs=1, learning_rate=1e30, precision="fp32"))
-    assert not (tmp_path / "out").exists()
+        finetune(str(bert), split, tmp_path / "out", wild)
+    assert not list(tmp_path.iterdir())
+    finetune(str(bert), split, tmp_path / "out", replace(wild, learning_rate=1e-3))
+    (whole,) = evaluate(tmp_path / "out", read_split(TASKS["sst2"], "dev", data), EvalSettings())
+    assert whole.scores["accuracy"] > 0
+
+
+def test_an_interrupted_fine_tuning_of_something_else_is_refused(bert: Path, data: Path, tmp_path: Path) -> None:
+    settings = FinetuneSettings(epochs=2, precision="fp32")
+
+    def stop(step: int, of: int) -> None:
+        if step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(str(bert), read_split(TASKS["sst2"], "train", data), tmp_path / "out", settings, stop)
+    rte = read_split(TASKS["rte"], "train", data)
+    with pytest.raises(InputError, match="another model, data or settings"):
+        finetune(str(bert), rte, tmp_path / "out", settings)
+    steps: list[int] = []
+    finetune(str(bert), rte, tmp_path / "out", replace(settings, overwrite=True), lambda step, of: steps.append(step))
+    assert steps[0] == 1
+
+
+def test_the_seed_is_also_the_heads(bert: Path, data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    split = read_split(TASKS["sst2"], "train", data)
+    heads = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(heads))
+        place = finetune(str(bert), split, tmp_path / name, FinetuneSettings(0.05, 1e-12, seed=seed, precision="fp32"))
+        heads.append(load_file(place / "model.safetensors")["classifier.weight"])
+    assert torch.allclose(heads[0], heads[1], atol=1e-6) and not torch.allclose(heads[0], heads[2], atol=1e-3)
+
+
+def test_labels_in_another_order_are_refused(tuned: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    import shutil
+
+    split = read_split(TASKS["rte"], "dev", data)
+    TaskJudge(split, load_backbone(str(tuned["rte"])))
+    place = shutil.copytree(tuned["rte"], tmp_path / "swapped")
+    config = json.loads((place / "config.json").read_text())
+    assert config["id2label"] == {"0": "entailment", "1": "not_entailment"}
+    config |= {"id2label": {"0": "NOT_ENTAILMENT", "1": "entailment"}}
+    config["label2id"] = {"NOT_ENTAILMENT": 0, "entailment": 1}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="in the order not_entailment, entailment"):
+        TaskJudge(split, load_backbone(str(place)))
 
 
 def test_batches_have_labels_and_depend_on_their_index_alone(tuned: dict[str, Path], data: Path) -> None:

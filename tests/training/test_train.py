@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +71,7 @@ class Clock:
     """A judge whose scores rise and fall with the number of calls, two ratios a time."""
 
     metric = "made up"
+    origin = ()
 
     def __init__(self, scores: tuple[float, ...]) -> None:
         self.scores, self.calls = scores, 0
@@ -158,6 +157,39 @@ def test_the_best_scores_tensors_are_written_not_the_last(backbone: Backbone, co
     assert ends_best.training["score"]["step"] == 6 and same(tmp_path / "rising", tmp_path / "unjudged")
 
 
+class Impatient(Clock):
+    """A judge that is interrupted once in the middle of its third score."""
+
+    def __call__(self, encode: Encode) -> float:
+        if self.calls == 3:
+            self.calls = 2  # both of this step's scores are made anew
+            raise KeyboardInterrupt
+        return super().__call__(encode)
+
+
+def test_ctrl_c_while_scoring_takes_effect_at_once_and_loses_no_score(
+    backbone: Backbone, corpus: Corpus, tmp_path: Path
+) -> None:
+    chosen, scores = replace(settings(), evaluate_every=2), (0.5, 0.7, 0.6)
+    train(backbone, corpus, chosen, tmp_path / "whole", judge=Clock(scores))
+    with pytest.raises(InterruptedTrainingError, match="step 4 of the distillation"):
+        train(backbone, corpus, chosen, tmp_path / "parts", judge=Impatient(scores))
+    judge = Clock(scores)
+    judge.calls = 2
+    train(backbone, corpus, chosen, tmp_path / "parts", judge=judge)
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    told = [[e["step"] for e in entries(tmp_path / name) if "score" in e] for name in ("whole", "parts")]
+    assert told == [[2, 4, 6], [2, 4, 6]]
+
+
+def test_a_score_that_is_no_number_is_worse_than_any(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:
+    chosen = replace(settings(), evaluate_every=2)
+    (plugin, _) = train(backbone, corpus, chosen, tmp_path, judge=Clock((math.nan, 0.1, math.nan)))
+    assert plugin.training["score"]["step"] == 4 and plugin.training["score"]["all"] == [[2, None], [4, 0.1], [6, None]]
+    (plugin, _) = train(backbone, corpus, chosen, tmp_path, judge=Clock((math.nan,)), overwrite=True)
+    assert plugin.training["score"]["value"] is None
+
+
 def test_ctrl_c_in_the_middle_of_a_step_takes_effect_behind_it() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), interrupt_deferred():
@@ -211,27 +243,44 @@ def test_a_full_disk_while_saving_keeps_the_state_before(
     assert same(tmp_path, tmp_path / "whole")
 
 
-def test_kill_9_in_the_middle_of_saves_loses_nothing(
-    backbone: Backbone, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("variator.training.train.SAVE_EVERY_S", 0.0)  # nearly any moment is in a save
-    chosen, out = settings(40), tmp_path / "killed"
-    kills = 0
-    while not (out / "ratio-4.safetensors").exists():
-        child = multiprocessing.get_context("fork").Process(target=train, args=(backbone, corpus, chosen, out))
-        before = (out / STATE_FILE).stat().st_mtime_ns if (out / STATE_FILE).exists() else 0
-        child.start()
-        while child.is_alive() and kills < 3:
-            if (out / STATE_FILE).exists() and (out / STATE_FILE).stat().st_mtime_ns > before:
-                time.sleep(0.02 + 0.013 * kills)
-                child.kill()
-                kills += 1
-                break
-            time.sleep(0.005)
-        child.join(timeout=120)
-    assert kills == 3
-    train(backbone, corpus, chosen, tmp_path / "whole")
-    assert same(out, tmp_path / "whole", 2) and same(out, tmp_path / "whole", 4)
+KILLED = """
+import os, sys, time, pathlib, torch
+torch.set_num_threads(1)
+from variator.toolkit.checkpoint import load_backbone
+from variator.toolkit.plugin_format import PluginConfig
+from variator.training import train as module
+from variator.training.corpus import read_corpus
+from variator.training.settings import TrainSettings
+module.SAVE_EVERY_S = 0.0  # nearly any moment is in a save
+backbone, corpus = load_backbone(sys.argv[1]), read_corpus([pathlib.Path(sys.argv[2])])
+settings = TrainSettings((PluginConfig(2, 8), PluginConfig(4, 8)), 40, 40, tokens=256, precision="fp32")
+out = pathlib.Path(sys.argv[3])
+state = out / "killed" / module.STATE_FILE
+kills = 0
+while not (out / "killed" / "ratio-4.safetensors").exists():
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    child = os.fork()
+    if child == 0:
+        module.train(backbone, corpus, settings, out / "killed")
+        os._exit(0)
+    while kills < 3:
+        if state.exists() and state.stat().st_mtime_ns > before:
+            time.sleep(0.02 + 0.013 * kills)
+            os.kill(child, 9)
+            kills += 1
+            break
+        time.sleep(0.005)
+    os.waitpid(child, 0)
+print(kills)
+module.train(backbone, corpus, settings, out / "whole")
+"""
+
+
+def test_kill_9_in_the_middle_of_saves_loses_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(checkpoint), str(write_words(tmp_path / "words.txt")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.strip() == "3"
+    assert same(tmp_path / "killed", tmp_path / "whole", 2) and same(tmp_path / "killed", tmp_path / "whole", 4)
 
 
 def launched(

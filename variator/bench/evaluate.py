@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from variator.errors import InputError, PluginError
+from variator.errors import PluginError
 from variator.tasks.read import Split
-from variator.tasks.score import Scores, score
+from variator.tasks.score import Scores, check_head, score
 from variator.toolkit.plugin_format import Key, in_order
 from variator.toolkit.rows import Encode
 
@@ -24,6 +24,7 @@ class EvalSettings:
         ratios: Beside 1; none takes all that a bundle has.
         plugins: Directory of plugin files, instead of those that ship or are in the bundle.
         engine, precision, threads: Of a bundle, as for `Runtime.open`.
+        kind: What a checkpoint is a model for; detected by default.
     """
 
     ratios: tuple[Key, ...] = ()
@@ -31,6 +32,7 @@ class EvalSettings:
     engine: str = "auto"
     precision: str | None = None
     threads: int = 0
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,7 @@ def evaluate(
         PluginError: If there is no plugin of a ratio.
     """
     with _opened(place, settings) as subject:
-        if subject.task != split.task.head:
-            raise InputError(
-                f"{subject.model} is a model for task {subject.task!r}, {split.task.name} needs {split.task.head!r}",
-                fix=f"variator finetune MODEL --task {split.task.name} -o DIR makes one",
-            )
+        check_head(split.task, subject.task, subject.model)
         found: list[Evaluation] = []
         for ratio, encode in subject.encoders.items():
             on_stage(f"{split.label} at ratio {ratio}")
@@ -133,7 +131,7 @@ def _checkpoint(model: str, settings: EvalSettings) -> Subject:
     from variator.toolkit.plugin_file import find_plugin
     from variator.training.student import answering
 
-    backbone = load_backbone(model)
+    backbone = load_backbone(model, settings.kind)
     encoders: dict[Key, Encode] = {}
     for ratio in in_order({1, *settings.ratios}):
         plugin = find_plugin(backbone, ratio, settings.plugins) if ratio != 1 else None

@@ -18,12 +18,15 @@ from typing import Any
 from variator import machine
 from variator.bench.evaluate import EvalSettings, evaluate
 from variator.bench.record import Machine
-from variator.errors import InputError, VariatorError
+from variator.errors import InputError, PluginError
 from variator.files import sha256_of_json, write_atomically
-from variator.tasks.catalogue import TASKS, Task
+from variator.tasks.catalogue import TASKS
 from variator.tasks.read import Split, read_split
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.plugin_file import Plugin, find_plugin, load_named
 from variator.toolkit.plugin_format import Key, file_name, in_order, parse_key
+from variator.training.labelled import Labelled, TaskJudge, check_backbone
 
 SCHEMA = "variator.quality/1"
 LENGTHS = {"squad": 384}
@@ -149,20 +152,22 @@ def quality(
     Raises:
         InputError: If the working directory holds another model's or other settings' parts.
     """
-    from variator.toolkit.checkpoint import load_backbone
-
     backbone = load_backbone(model, "hidden", name)
     chosen = asdict(settings) | {"work": "", "data": str(settings.data), "plugins": str(settings.plugins)}
-    # Which tasks are asked for does not change any task's parts.
-    key = sha256_of_json([chosen | {"tasks": ()}, backbone.fingerprint])
-    settings.work.mkdir(parents=True, exist_ok=True)
-    mark = settings.work / "settings.sha256"
-    if mark.exists() and mark.read_text(encoding="utf-8") != key:
-        raise InputError(f"{settings.work} holds the parts of another model or other settings", fix="another -o")
-    write_atomically(mark, key)
+    start = _start(backbone, settings)  # before hours are spent
+    splits = {
+        task: (read_split(TASKS[task], "train", settings.data), read_split(TASKS[task], "dev", settings.data))
+        for task in settings.tasks
+    }
+    if "stsb" in settings.tasks:
+        check_backbone(splits["stsb"][1], load_backbone(model))
     rows: list[Row] = []
-    for task in settings.tasks:
-        rows += _task(TASKS[task], model, backbone.id, settings, on_stage)
+    for task, (train, dev) in splits.items():
+        parts = [settings.steps, settings.tokens, settings.learning_rate, settings.seed, settings.engine]
+        digests = [plugin.digest for plugin in start]
+        key = sha256_of_json([parts, settings.precision, backbone.fingerprint, train.origin, dev.origin, digests])
+        _claim(settings.work / task, key)
+        rows += _task(train, dev, model, backbone.id, start, settings, on_stage)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     here = Machine(
         machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now
@@ -170,18 +175,48 @@ def quality(
     packages = ("variator", "onnxruntime", "openvino", "torch", "transformers")
     versions = {package: importlib.metadata.version(package) for package in packages}
     notes = ["The best of several scores on the same development split was kept, as in the paper: a little flattered."]
-    return QualityRecord(here, backbone.id, command, versions, chosen, rows, notes)
+    plain = json.loads(json.dumps(chosen))  # as a record that is read back has it
+    return QualityRecord(here, backbone.id, command, versions, plain, rows, notes)
 
 
-def _task(task: Task, model: str, name: str, settings: QualitySettings, on_stage: Callable[[str], None]) -> list[Row]:
+def _start(backbone: Backbone, settings: QualitySettings) -> list[Plugin]:
+    """The pre-trained plugins, one per ratio."""
+    if settings.plugins is not None:
+        return [load_named(settings.plugins / file_name(ratio)) for ratio in settings.ratios]
+    found = {ratio: find_plugin(backbone, ratio) for ratio in settings.ratios}
+    if missing := [ratio for ratio, plugin in found.items() if plugin is None]:
+        raise PluginError(f"no plugin of ratio {missing[0]} ships for {backbone.id}", fix="train some, and --from DIR")
+    return [plugin for plugin in found.values() if plugin is not None]
+
+
+def _claim(place: Path, key: str) -> None:
+    """Mark a task's parts with what they were made from, and refuse those of something else."""
+    mark = place / "made-from.sha256"
+    if mark.exists() and mark.read_text(encoding="utf-8") != key:
+        raise InputError(
+            f"{place} holds parts that were made from another model, data, plugins or settings",
+            fix="another -o, or remove that directory",
+        )
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(mark, key)
+
+
+def _task(
+    train: Split,
+    dev: Split,
+    model: str,
+    name: str,
+    start: Sequence[Plugin],
+    settings: QualitySettings,
+    on_stage: Callable[[str], None],
+) -> list[Row]:
     """One task's rows: read if they are there, else made, part by part."""
-    place = settings.work / task.name
+    task, place = dev.task, settings.work / dev.task.name
     done = place / "rows.json"
     if done.exists():
         return [Row(**row) for row in json.loads(done.read_text(encoding="utf-8"))]
-    train, dev = read_split(task, "train", settings.data), read_split(task, "dev", settings.data)
     tuned = _tuned(train, model, place, settings, on_stage)
-    plugins = _adapted(train, dev, tuned, model, place, settings, on_stage)
+    plugins = _adapted(train, dev, tuned, start, place, settings, on_stage)
     bundle = _bundle(tuned, f"{name}-{task.name}", plugins, place, settings, on_stage)
     chosen = EvalSettings(engine=settings.engine, precision=settings.precision)
     found = evaluate(bundle.path, dev, chosen, lambda stage: on_stage(f"{task.name}: scoring {stage}"))
@@ -210,31 +245,18 @@ def _adapted(
     train: Split,
     dev: Split,
     tuned: str,
-    model: str,
+    start: Sequence[Plugin],
     place: Path,
     settings: QualitySettings,
     on_stage: Callable[[str], None],
 ) -> Path:
     """The plugins, adapted to backbone and task."""
-    from variator.toolkit.checkpoint import load_backbone
-    from variator.toolkit.plugin_file import find_plugin, load_named
-    from variator.training.labelled import Labelled, TaskJudge
     from variator.training.settings import TrainSettings
     from variator.training.train import train as verb
 
     output = place / "plugins"
     if all((output / file_name(ratio)).exists() for ratio in settings.ratios):
         return output
-    original = load_backbone(model, "hidden")
-    start = []
-    for ratio in settings.ratios:
-        if settings.plugins is not None:
-            found = load_named(settings.plugins / file_name(ratio))
-        else:
-            found = find_plugin(original, ratio)  # type: ignore[assignment]
-        if found is None:
-            raise VariatorError(f"no plugin of ratio {ratio} ships for {original.id}", fix="--from DIR")
-        start.append(found)
     backbone = load_backbone(tuned)
     chosen = TrainSettings(
         tuple(plugin.config for plugin in start),

@@ -155,7 +155,7 @@ def _profile(backbone: Backbone, plugins: Mapping[Key, Plugin]) -> SharedProfile
     uneven = [key for key, plugin in plugins.items() if not plugin.config.plain]
     if uneven:
         raise PluginError(
-            f"setting {uneven[0]!r} has a schedule or a keys/values site",
+            f"setting {uneven[0]!r} is more than a ratio",
             valid="one ratio at the FFN of every layer, which is what a shared graph takes",
             fix="--layout per-ratio",
         )

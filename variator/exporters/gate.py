@@ -116,7 +116,7 @@ def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dic
             for name, values in feed.items()
         }
         with torch.no_grad():
-            results = _original(backbone, tensors) if module.multiple == 1 else module(**tensors)
+            results = _original(backbone, tensors) if module.config is None else module(**tensors)
         for name, result in zip(backbone.outputs, results, strict=True):
             shape = tuple(result.shape[1:])
             if name not in outputs:

@@ -19,8 +19,9 @@ from variator.errors import GateError
 from variator.toolkit.bundle import SharedProfile
 from variator.toolkit.checkpoint import Backbone, Model
 from variator.toolkit.encoder import EncoderConfig
+from variator.toolkit.plugin import Compression, compression
 from variator.toolkit.plugin_file import Plugin
-from variator.toolkit.plugin_format import MAX_RATIO, layer_operands
+from variator.toolkit.plugin_format import MAX_RATIO
 from variator.toolkit.stack import HEAD_INPUTS, LOGITS, PLUGIN_INPUTS, RATIO_INPUT, shapes
 
 if TYPE_CHECKING:
@@ -50,25 +51,15 @@ class Compressed(nn.Module):
             if plugin
             else {}
         )
-        self.multiple = plugin.config.multiple if plugin else 1
-        self.activation = plugin.config.activation if plugin else "tanh"
+        self.config = plugin.config if plugin else None
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """int64 [batch, S] each -> the task's outputs."""
-        if not self.plugin:
-            outputs: tuple[Tensor, ...] = self.model(input_ids, attention_mask, token_type_ids)
-            return outputs
         tensors = {name.replace("/", "."): tensor for name, tensor in self.plugin.items()}
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            lambda layer: layer_operands(tensors, layer),
-            self.multiple,
-            self.activation,
-        )
+        plugin = compression(self.config, tensors) if self.config else None
+        outputs: tuple[Tensor, ...] = self.model(input_ids, attention_mask, token_type_ids, plugin)
         return outputs
 
 
@@ -99,8 +90,8 @@ class Shared(nn.Module):
             return sites
 
         ids = (given.get(name) for name in ("input_ids", "attention_mask", "token_type_ids"))
-        ratio = stacks[RATIO_INPUT].shape[1] if stacks else 1
-        outputs: tuple[Tensor, ...] = self.model(*ids, plugin if stacks else None, ratio, self.activation)
+        compressed = Compression(plugin, stacks[RATIO_INPUT].shape[1], self.activation) if stacks else None
+        outputs: tuple[Tensor, ...] = self.model(*ids, compressed)
         return (*outputs, torch.matmul(outputs[0], head[0]) + head[1]) if head else outputs
 
 

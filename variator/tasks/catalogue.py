@@ -18,7 +18,7 @@ class Task:
     Args:
         head: The model head it needs, a key of `toolkit.heads.OUTPUTS`.
         fields: Names of a row's texts, in order; `question` and `context` for SQuAD.
-        classes: Number of labels from 0; 0 where the label is a number from 0 to 5, or an answer.
+        labels: Names of the classes from 0; none where the label is a number from 0 to 5, or an answer.
         metrics: Names of its scores, the one that counts first.
         hub: Dataset and configuration on the hub, and its split for `dev`; that for `train` is `train`.
         sizes: Rows (questions) of the full `train` and `dev` splits, to tell a sample.
@@ -27,10 +27,15 @@ class Task:
     name: str
     head: str
     fields: tuple[str, ...]
-    classes: int
+    labels: tuple[str, ...]
     metrics: tuple[str, ...]
     hub: tuple[str, str | None, str]
     sizes: dict[str, int]
+
+    @property
+    def classes(self) -> int:
+        """Number of labels."""
+        return len(self.labels)
 
 
 def _glue(
@@ -38,29 +43,31 @@ def _glue(
     fields: tuple[str, ...],
     train: int,
     dev: int,
-    classes: int = 2,
+    labels: tuple[str, ...],
     metrics: tuple[str, ...] = ("accuracy",),
     split: str = "validation",
 ) -> Task:
-    return Task(name, "classify", fields, classes, metrics, ("nyu-mll/glue", name, split), {"train": train, "dev": dev})
+    return Task(name, "classify", fields, labels, metrics, ("nyu-mll/glue", name, split), {"train": train, "dev": dev})
 
 
+ENTAILMENT = ("entailment", "not_entailment")
+ENTAILMENT_3 = ("entailment", "neutral", "contradiction")
 PAIR = ("sentence1", "sentence2")
 QUESTIONS = ("question1", "question2")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        _glue("mnli", ("premise", "hypothesis"), 392_702, 9_815, 3, split="validation_matched"),
-        _glue("qnli", ("question", "sentence"), 104_743, 5_463),
-        _glue("qqp", QUESTIONS, 363_846, 40_430, metrics=("accuracy", "f1")),
-        _glue("rte", PAIR, 2_490, 277),
-        _glue("sst2", ("sentence",), 67_349, 872),
-        _glue("mrpc", PAIR, 3_668, 408, metrics=("accuracy", "f1")),
+        _glue("mnli", ("premise", "hypothesis"), 392_702, 9_815, ENTAILMENT_3, split="validation_matched"),
+        _glue("qnli", ("question", "sentence"), 104_743, 5_463, ENTAILMENT),
+        _glue("qqp", QUESTIONS, 363_846, 40_430, ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
+        _glue("rte", PAIR, 2_490, 277, ENTAILMENT),
+        _glue("sst2", ("sentence",), 67_349, 872, ("negative", "positive")),
+        _glue("mrpc", PAIR, 3_668, 408, ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")),
         Task(
             "squad",
             "qa",
             ("question", "context"),
-            0,
+            (),
             ("f1", "exact_match"),
             ("rajpurkar/squad", None, "validation"),
             {"train": 87_599, "dev": 10_570},
@@ -69,7 +76,7 @@ TASKS: dict[str, Task] = {
             "stsb",
             "embed",
             PAIR,
-            0,
+            (),
             ("spearman", "pearson"),
             ("nyu-mll/glue", "stsb", "validation"),
             {"train": 5_749, "dev": 1_500},

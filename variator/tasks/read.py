@@ -1,8 +1,8 @@
 """Splits of a task, from local files or from the hub: checked row by row before anything is trained on them.
 
-Local files lie in `DIR/<task>/` or in `DIR` itself: `train*.jsonl`, `dev*.jsonl` with GLUE's field names, one JSON
-object per line; for SQuAD `train*.json`, `dev*.json` of the official form; each also as .gz. Several files of a split
-are read one after the other.
+Local files lie in `DIR/<task>/` or in `DIR` itself: `train.jsonl`, `dev.jsonl` with GLUE's field names, one JSON object
+per line; for SQuAD `train.json`, `dev.json` of the official form; each also as .gz. Further parts of a split have more
+behind - or _ (`train-v1.1-part.json`, `dev_matched.jsonl`) and are read after it; mismatched MNLI is not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,14 +45,14 @@ class Split:
     """Files with their hashes, or the hub's name."""
 
     @property
-    def sample(self) -> bool:
-        """Whether it is only a part of the official split."""
-        return len(self.examples) < self.task.sizes[self.name]
-
-    @property
     def label(self) -> str:
         """What a score on it has to say: `qqp dev (sample: 7,600 of 40,430)`."""
-        part = f" (sample: {len(self.examples):,} of {self.task.sizes[self.name]:,})" if self.sample else ""
+        count, official = len(self.examples), self.task.sizes.get(self.name)
+        if official is None:
+            return f"{self.task.name} {self.name} ({count:,} rows)"
+        part = "" if count == official else f" (sample: {count:,} of {official:,})"
+        if count > official:
+            part = f" ({count:,} rows, the official split has {official:,})"
         return f"{self.task.name} {self.name}{part}"
 
 
@@ -60,7 +61,7 @@ def read_split(task: Task, name: str, data: Path | None = None) -> Split:
 
     Args:
         name: train or dev.
-        data: A directory as this module describes it, or one file.
+        data: A directory as this module describes it, or one file, which gives the split its own name.
 
     Raises:
         CorpusError: If there is none, or a row lacks a field or has a label out of range, with the row's number.
@@ -68,6 +69,7 @@ def read_split(task: Task, name: str, data: Path | None = None) -> Split:
     if data is None:
         return _from_hub(task, name)
     files = [data] if data.is_file() else _files(task, name, data)
+    name = data.name.split(".")[0] if data.is_file() else name
     examples: list[Example] = []
     for file in files:
         rows = _squad_rows(file) if task.name == "squad" else _json_lines(file)
@@ -82,9 +84,15 @@ def _checked(split: Split) -> Split:
 
 
 def _files(task: Task, name: str, data: Path) -> list[Path]:
+    if not data.is_dir():
+        raise CorpusError(f"there is no directory {data}", valid="--data DIR, or a file")
     kind = "json" if task.name == "squad" else "jsonl"
     folder = data / task.name if (data / task.name).is_dir() else data
-    files = sorted(file for suffix in (kind, f"{kind}.gz") for file in folder.glob(f"{name}*.{suffix}"))
+    pattern = re.compile(rf"{name}([-_].*)?\.{kind}(\.gz)?")
+    files = sorted(file for file in folder.iterdir() if pattern.fullmatch(file.name) and "mismatched" not in file.name)
+    stems = [file.name.removesuffix(".gz") for file in files]
+    if len(set(stems)) < len(stems):
+        raise CorpusError(f"{folder} holds the same file plain and as .gz", fix="take one of them away")
     if not files:
         raise CorpusError(
             f"there is no {name} split of {task.name} in {data}",

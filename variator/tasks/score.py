@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from variator.errors import InputError
 from variator.tasks import squad
+from variator.tasks.catalogue import Task
 from variator.tasks.read import Example, Split
 from variator.toolkit.rows import Encode
 
@@ -34,7 +36,22 @@ def score(split: Split, encode: Encode, tokenizer: Tokenizer, limit: int) -> Sco
         given = squad.answers(cut, encode([window.row for window in cut]), examples)
         return {"f1": _best(squad.f1, given, examples), "exact_match": _best(squad.exact_match, given, examples)}
     logits = encode([_pair(example.texts) for example in examples])["logits"]
+    if logits.shape[-1] != split.task.classes:
+        raise InputError(
+            f"the model tells {logits.shape[-1]} classes apart, {split.task.name} has {split.task.classes}"
+        )
     return _classified(split, logits.argmax(axis=-1))
+
+
+def check_head(task: Task, head: str, model: str) -> None:
+    """Raise `InputError` unless a model's head is the one that a task needs."""
+    if head == task.head:
+        return
+    tuned = f"fine-tune one first: variator finetune MODEL --task {task.name} -o DIR"
+    raise InputError(
+        f"{model} is a model for task {head!r}, {task.name} needs {task.head!r}",
+        fix="take a sentence-transformers checkpoint, or --kind embed" if task.head == "embed" else tuned,
+    )
 
 
 def similarities(encode: Encode, examples: Sequence[Example]) -> npt.NDArray[np.float32]:

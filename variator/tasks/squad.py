@@ -59,6 +59,7 @@ def windows(tokenizer: Tokenizer, examples: Sequence[Example], limit: int) -> li
     stride = min(STRIDE, length // 4)
     cutting.enable_truncation(length, stride=stride, strategy="only_second")
     asking = Tokenizer.from_str(tokenizer.to_str())
+    asking.no_padding()  # some tokenizer files pad to a fixed length
     asking.enable_truncation(min(LONGEST_QUESTION, length // 2))
     found = []
     for index, example in enumerate(examples):

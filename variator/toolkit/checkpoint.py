@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from variator.toolkit.encoder import Encoder, EncoderConfig
 from variator.toolkit.families import family_of
 from variator.toolkit.families.base import Family
 from variator.toolkit.heads import OUTPUTS, ClassifyHead, EmbedHead, HiddenHead, QaHead, linear
-from variator.toolkit.plugin import LayerPlugin
+from variator.toolkit.plugin import Compression
 from variator.toolkit.random_models import PREFIX, RANDOM_MARK, write_random_checkpoint
 
 if TYPE_CHECKING:
@@ -61,12 +61,10 @@ class Model(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
-        plugin: Callable[[int], LayerPlugin] | None = None,
-        multiple: int = 1,
-        activation: str = "tanh",
+        plugin: Compression | None = None,
     ) -> tuple[Tensor, ...]:
         """Arguments as `Encoder.forward`; outputs as `heads.OUTPUTS` names them."""
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids, plugin, multiple, activation)
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids, plugin)
         outputs: tuple[Tensor, ...] = self.head(hidden, attention_mask.to(hidden.dtype))
         return outputs
 

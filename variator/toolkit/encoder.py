@@ -8,7 +8,7 @@ keys cancels) and the value bias (which it passes through to the output bias) ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variator.toolkit.plugin import ACTIVATIONS, MASKED, LayerPlugin, compressed_ffn, compressed_memory
+from variator.toolkit.plugin import ACTIVATIONS, MASKED, Compression, LayerPlugin, compressed_ffn, compressed_memory
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,7 @@ class Encoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
-        plugin: Callable[[int], LayerPlugin] | None = None,
-        multiple: int = 1,
-        activation: str = "tanh",
+        plugin: Compression | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the encoder, with a plugin or without.
@@ -192,27 +190,30 @@ class Encoder(nn.Module):
             input_ids: int64 [batch, S], any S >= 1; padding on the right, of any token id.
             attention_mask: int64 [batch, S], 1 for tokens and 0 for padding.
             token_type_ids: int64 [batch, S], or None where all are 0.
-            plugin: Gives each layer's sites by its index; None is ratio 1.
-            multiple: Of all the plugin's ratios: S is padded up to a multiple of it once here and cut off at the end.
-            activation: The plugin's.
+            plugin: None is ratio 1. With one, S is padded up to its multiple once here and cut off at the end.
             states: If given, every layer's output is appended: [batch, S, d] each.
 
         Returns:
             [batch, S, d] last hidden states.
         """
         length = input_ids.shape[1]
+        lead = plugin.lead if plugin else 0
         if plugin is not None:
-            extra = (length + multiple - 1) // multiple * multiple - length
+            multiple = plugin.multiple
+            extra = (length + lead + multiple - 1) // multiple * multiple - length - lead
             input_ids, attention_mask = F.pad(input_ids, (0, extra)), F.pad(attention_mask, (0, extra))
             token_type_ids = None if token_type_ids is None else F.pad(token_type_ids, (0, extra))
         x: Tensor = self.embeddings(input_ids, token_type_ids)
         mask = attention_mask.to(x.dtype)
+        if lead:  # behind the embeddings: positions count from the first token
+            x, mask = F.pad(x, (0, 0, lead, 0)), F.pad(mask, (lead, 0))
         scores_mask = masked_scores(mask)
         for index, layer in enumerate(self.blocks):
-            x = layer(x, mask, scores_mask, {} if plugin is None else plugin(index), activation)
+            sites, activation = (plugin.sites(index), plugin.activation) if plugin else ({}, "")
+            x = layer(x, mask, scores_mask, sites, activation)
             if states is not None:
-                states.append(x[:, :length])
-        return x if plugin is None else x[:, :length]
+                states.append(x[:, lead : lead + length])
+        return x if plugin is None else x[:, lead : lead + length]
 
 
 def masked_scores(mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The method: the maths of a plugin's sites.
 
 Pure functions over tensors, no model in sight. `toolkit.encoder` calls the sites, `toolkit.plugin_format` says what
-tensors they take, `toolkit.train` fits them. Source of the equations: Variator (Xiao et al., Findings of EMNLP 2023,
+tensors they take, `training` fits them. Source of the equations: Variator (Xiao et al., Findings of EMNLP 2023,
 arXiv 2310.15724), section 3, with a padding mask added (see `compress`).
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from variator.toolkit.plugin_format import PluginConfig, tensor_shapes
+from variator.toolkit.plugin_format import PluginConfig, layer_operands, tensor_shapes
 
 MASKED = -3.0e4
 """Added to the score of a padded position: exp() of it is 0 in fp32, and it still fits in fp16."""
@@ -33,6 +35,33 @@ Site = Mapping[str, Tensor]
 
 LayerPlugin = Mapping[str, Site]
 """The sites of one layer, by name; a site that is absent leaves the backbone as it is there."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A plugin as the encoder runs it.
+
+    Args:
+        sites: Gives each layer's sites by its index.
+        multiple: Of all ratios; sequences are padded to a multiple of it.
+        activation: Of the bottlenecks.
+        alone: Whether the first token is kept in a group of its own.
+    """
+
+    sites: Callable[[int], LayerPlugin]
+    multiple: int
+    activation: str
+    alone: bool = False
+
+    @property
+    def lead(self) -> int:
+        """Masked positions in front of the first token: with them it is the last, and only, one of its group."""
+        return self.multiple - 1 if self.alone else 0
+
+
+def compression(config: PluginConfig, tensors: Mapping[str, Tensor]) -> Compression:
+    """A configuration with its tensors, named as `plugin_format.tensor_shapes` says."""
+    return Compression(partial(layer_operands, tensors), config.multiple, config.activation, config.first_alone)
 
 
 def initial_tensors(config: PluginConfig, hidden_size: int, layers: int, seed: int = 0) -> dict[str, Tensor]:

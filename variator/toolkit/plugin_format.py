@@ -60,6 +60,7 @@ class PluginConfig:
         keys_values_rank: Width of that site's correction, 0 without.
         schedule: Ratio and rank of the FFN site layer by layer, ratio 1 for a layer that is left alone; empty: the
             same in all layers.
+        first_alone: Whether the first token ([CLS], which classifiers read) is kept in a group of its own.
         name: What the setting is asked for by; needed for all but plain ratios.
 
     Raises:
@@ -72,6 +73,7 @@ class PluginConfig:
     keys_values: int = 1
     keys_values_rank: int = 0
     schedule: tuple[SiteSize, ...] = ()
+    first_alone: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -98,8 +100,8 @@ class PluginConfig:
             )
         if self.name and not NAME.fullmatch(self.name):
             raise InputError(f"name {self.name!r} of a setting", valid="a to z, 0 to 9 and -, a letter first")
-        if not self.name and (self.schedule or self.keys_values > 1):
-            raise InputError("a setting with a schedule or keys and values needs a name", fix="--name long")
+        if not self.name and not self.plain:
+            raise InputError("a setting that is more than a ratio needs a name", fix="--setting long")
 
     @property
     def key(self) -> Key:
@@ -109,7 +111,7 @@ class PluginConfig:
     @property
     def plain(self) -> bool:
         """Whether it is nothing but a ratio at the FFN site of every layer, which a shared graph can take."""
-        return not self.schedule and self.keys_values == 1
+        return not self.schedule and self.keys_values == 1 and not self.first_alone
 
     @property
     def multiple(self) -> int:
@@ -135,11 +137,12 @@ def scheduled(
     activation: str = "tanh",
     keys_values: int = 1,
     keys_values_rank: int = 0,
+    first_alone: bool = False,
 ) -> PluginConfig:
     """A configuration from ratio and rank of every layer."""
     sizes = tuple(SiteSize(*size) for size in schedule)
     ratio, rank = (max(size[part] for size in sizes) for part in (0, 1))
-    return PluginConfig(ratio, rank, activation, keys_values, keys_values_rank, sizes, name)
+    return PluginConfig(ratio, rank, activation, keys_values, keys_values_rank, sizes, first_alone, name)
 
 
 def parse_key(text: Key) -> Key:

@@ -154,7 +154,7 @@ def check_fits(plugin: Plugin, manifest: Manifest, where: str) -> None:
     plugin.check_tensors(where)
     if not plugin.config.plain:
         raise PluginError(
-            f"{where} has a schedule or a keys/values site",
+            f"{where} is more than a ratio",
             valid="one ratio at the FFN of every layer, which is what a shared graph takes",
             fix="export it with --layout per-ratio",
         )

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from variator.errors import InputError
-from variator.files import write_atomically
+from variator.files import sha256_of_json, write_atomically
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.encoder import EncoderConfig
+from variator.toolkit.plugin import Compression
 from variator.toolkit.plugin_file import Plugin, load_plugin, save_plugin
 from variator.toolkit.plugin_format import LayerSites, PluginConfig, SiteSize, file_name, layer_operands, scheduled
 from variator.training.batch import Batch, Data
@@ -92,6 +93,7 @@ def choose(
     budget: float,
     name: str,
     settings: TrainSettings,
+    directory: Path,
     on_step: Callable[[Progress], None] = lambda progress: None,
     candidates: Sequence[SiteSize] = CANDIDATES,
     sequence: int = 128,
@@ -102,6 +104,7 @@ def choose(
         budget: Share to save, above 0 and below 1.
         name: Of the setting.
         settings: `tokens`, seed and precision of the fits, and the plugins' activation.
+        directory: Where the candidates' fits are kept, for a run that is resumed.
         candidates: Of a layer, beside leaving it uncompressed.
         sequence: Tokens that FLOPs are counted at.
 
@@ -123,9 +126,12 @@ def choose(
         PluginConfig(size.ratio, size.rank, activation, name=f"candidate-{size.ratio}-{size.rank}")
         for size in candidates
     )
-    with TemporaryDirectory() as scratch:
-        fitting = replace(settings, plugins=configs, steps=0, local_steps=FIT_STEPS)
-        fits = train(backbone, data, fitting, Path(scratch), on_step)
+    fitting = replace(settings, plugins=configs, steps=0, local_steps=FIT_STEPS)
+    files = [directory / file_name(config.key) for config in configs]
+    if all(file.exists() for file in files):
+        fits = [load_plugin(file) for file in files]
+    else:
+        fits = train(backbone, data, fitting, directory, on_step)
     tensors: dict[SiteSize, Mapping[str, Tensor]] = {
         size: {key: torch.tensor(value) for key, value in fit.tensors.items()}
         for size, fit in zip(candidates, fits, strict=True)
@@ -154,25 +160,37 @@ def within_budget(
     settings: TrainSettings,
     directory: Path,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    overwrite: bool = False,
 ) -> tuple[TrainSettings, list[Plugin]]:
     """Settings and start for training a schedule; the choice is kept in `directory` for a run that is resumed.
 
     Args:
         name: Of the setting; empty names it by the budget: 0.5 is `s50`.
+        overwrite: Choose anew.
+
+    Raises:
+        InputError: If `directory` holds a choice of that name with another budget, model, data or settings.
     """
     name = name or f"s{round(100 * budget)}"
     place = directory / f"{name}.choice"
-    path = place / file_name(name)
-    if path.exists():
-        start = load_plugin(path)
-        start.check_backbone(
-            backbone.fingerprint, backbone.id, backbone.family, (backbone.config.layers, backbone.config.hidden_size)
+    path, mark = place / file_name(name), place / "choice.sha256"
+    fitted = {"activation": settings.plugins[0].activation, "tokens": settings.tokens, "seed": settings.seed}
+    key = sha256_of_json([budget, fitted, CANDIDATES, FIT_STEPS, backbone.fingerprint, data.record()])
+    if overwrite:
+        shutil.rmtree(place, ignore_errors=True)
+    if mark.exists() and mark.read_text(encoding="utf-8") != key:
+        raise InputError(
+            f"{place} holds a choice with another budget, model, data or settings",
+            fix="another --setting or -o, or choose anew with --overwrite",
         )
-    else:
-        choice = choose(backbone, data, budget, name, settings, on_step)
-        start = choice.start
-        save_plugin(start, place)
+    if not path.exists():
+        choice = choose(backbone, data, budget, name, settings, place / "fits", on_step, CANDIDATES)
+        write_atomically(mark, key)
         write_atomically(place / "choice.json", choice.to_json())
+        save_plugin(choice.start, place)
+        shutil.rmtree(place / "fits", ignore_errors=True)
+    # As the file has it, so that a resumed run starts from the same numbers.
+    start = load_plugin(path)
     return replace(settings, plugins=(start.config,), local_steps=0), [start]
 
 
@@ -193,8 +211,9 @@ def sensitivity(
             target = encoder(batch.ids, batch.mask, batch.types)
             for position, (config, tensors) in enumerate(fits.items()):
                 for layer in range(backbone.config.layers):
-                    plugin = partial(_alone, tensors, layer)
-                    made = encoder(batch.ids, batch.mask, batch.types, plugin, config.multiple, config.activation)
+                    sites = partial(_alone, tensors, layer)
+                    plugin = Compression(sites, config.multiple, config.activation)
+                    made = encoder(batch.ids, batch.mask, batch.types, plugin)
                     found[layer][position] += float(normalised_error(made, target, mask)) / len(batches)
     return found
 

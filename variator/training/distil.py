@@ -1,19 +1,19 @@
 """Second stage: distil the backbone into its compressed self, end to end, all ratios from one teacher pass.
 
 The backbone is frozen and is its own teacher at ratio 1; gradients pass through it and end in the plugins. With labels
-in the batches (`training.tasks`) the same step is the paper's plugin adaptation.
+in the batches (`training.labelled`) the same step is the paper's plugin adaptation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from variator.toolkit.checkpoint import Model
-from variator.toolkit.plugin_format import Key, PluginConfig, layer_operands
+from variator.toolkit.plugin import compression
+from variator.toolkit.plugin_format import Key, PluginConfig
 from variator.training.batch import Batch
 from variator.training.objective import Losses, Weights, label_loss, normalised_error, output_terms
 
@@ -55,8 +55,7 @@ def _student(
 ) -> Losses:
     mask = batch.mask.float()
     states: list[Tensor] = []
-    plugin = partial(layer_operands, tensors)
-    hidden = model.encoder(batch.ids, batch.mask, batch.types, plugin, config.multiple, config.activation, states)
+    hidden = model.encoder(batch.ids, batch.mask, batch.types, compression(config, tensors), states)
     outputs = model.head(hidden, mask)
     layers = torch.stack([normalised_error(ours, theirs, mask) for ours, theirs in zip(states, targets, strict=True)])
     terms = output_terms(task, outputs, wanted, mask)

@@ -7,17 +7,18 @@ none: it is scored by embeddings as they are.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from variator.errors import BackboneError, InputError, VariatorError
-from variator.files import directory_written_whole
+from variator.files import directory_written_whole, sha256_of_json, write_atomically
 from variator.tasks.read import Split
-from variator.toolkit.checkpoint import AUTO_CLASSES, load_backbone
+from variator.toolkit.checkpoint import AUTO_CLASSES, Backbone, load_backbone
 from variator.training.labelled import items
 from variator.training.processes import Processes
 
@@ -82,9 +83,16 @@ def finetune(
     if output.exists() and not settings.overwrite:
         raise InputError(f"{output} exists already", fix="choose another -o, or pass --overwrite")
     processes = Processes()
-    rows = _rows(model, split, settings)
+    transformers.set_seed(settings.seed)  # before the head is made
+    backbone = load_backbone(model, "hidden")
+    rows = _rows(backbone, split)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     scratch = output.with_name(f".{output.name}.training")
+    if processes.main:
+        _claim(
+            scratch, [asdict(settings) | {"overwrite": False}, backbone.fingerprint, split.origin], settings.overwrite
+        )
+    processes.wait()
     options = transformers.TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=settings.epochs or min(8, max(2, round(36_000 / len(split.examples)))),
@@ -119,6 +127,7 @@ def finetune(
     trainer.remove_callback(transformers.PrinterCallback)
     result = trainer.train(resume_from_checkpoint=bool(list(scratch.glob("checkpoint-*"))))
     if not math.isfinite(result.training_loss):
+        shutil.rmtree(scratch, ignore_errors=True)
         raise VariatorError(
             f"the loss of {split.task.name} is {result.training_loss}", fix="fine-tune with a lower --learning-rate"
         )
@@ -126,16 +135,33 @@ def finetune(
         with directory_written_whole(output, replace=settings.overwrite) as directory:
             trainer.model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
-        _remove(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
     processes.wait()
     return output
 
 
-def _rows(model: str, split: Split, settings: FinetuneSettings) -> Any:
+def _claim(scratch: Path, what: Any, overwrite: bool) -> None:
+    """Mark the place of an interrupted run with what it is, and refuse one that is something else.
+
+    Raises:
+        InputError: If another run was interrupted there.
+    """
+    key, mark = sha256_of_json(what), scratch / "run.sha256"
+    if overwrite or not mark.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+    elif mark.read_text(encoding="utf-8") != key:
+        raise InputError(
+            f"{scratch} holds an interrupted run with another model, data or settings",
+            fix="repeat that command to finish it, or start anew with --overwrite",
+        )
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_atomically(mark, key)
+
+
+def _rows(backbone: Backbone, split: Split) -> Any:
     """The split in the form Trainer takes, tokenised as for plugins."""
     import datasets
 
-    backbone = load_backbone(model, "hidden")
     names = {"label": "labels", "start": "start_positions", "end": "end_positions"}
     rows = []
     # A sentence-transformers checkpoint may stop short of its position table; what is written here does not.
@@ -152,14 +178,9 @@ def _with_head(model: str, split: Split) -> Any:
     import transformers
 
     kind = getattr(transformers, AUTO_CLASSES[split.task.head])
-    heads = {"num_labels": split.task.classes} if split.task.head == "classify" else {}
+    labels = dict(enumerate(split.task.labels))
+    heads = {"id2label": labels, "label2id": {name: place for place, name in labels.items()}} if labels else {}
     try:
         return kind.from_pretrained(model, trust_remote_code=False, dtype=torch.float32, **heads)
     except Exception as error:  # transformers raises many kinds
         raise BackboneError(f"cannot load {model!r} for {split.task.name}: {error}") from error
-
-
-def _remove(scratch: Path) -> None:
-    import shutil
-
-    shutil.rmtree(scratch, ignore_errors=True)

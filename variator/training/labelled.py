@@ -13,7 +13,7 @@ import torch
 from variator.errors import InputError
 from variator.tasks.catalogue import task_named
 from variator.tasks.read import Split, read_split
-from variator.tasks.score import Scores, score
+from variator.tasks.score import Scores, check_head, score
 from variator.tasks.squad import windows
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.heads import ClassifyHead
@@ -39,7 +39,7 @@ class Labelled:
     """A split as training data: `training.batch.Data`. Neighbours in length make a batch, drawn by index alone."""
 
     def __init__(self, split: Split, backbone: Backbone) -> None:
-        check_head(split, backbone)
+        check_backbone(split, backbone)
         self._split = split
         self._items = sorted(items(split, backbone), key=lambda item: item.length)
         self._lengths = [range(item.length) for item in self._items]
@@ -47,9 +47,11 @@ class Labelled:
     def batch(self, backbone: Backbone, seed: str, index: int, tokens: int) -> Batch:
         """The batch of one index: see `training.batch.Data`."""
         start = random.Random(f"{seed}:{index}").randrange(len(self._items))
+        most = min(tokens, len(self._items))
+        following = [(start + step) % len(self._items) for step in range(most)]
         rows = len(self._items[0].rows)
-        count = fitting(self._lengths[start : start + tokens], tokens // rows)
-        chosen = self._items[start : start + count]
+        count = fitting([self._lengths[place] for place in following], tokens // rows)
+        chosen = [self._items[place] for place in following[:count]]
         return together(chosen, backbone.token_types)
 
     def record(self) -> list[dict[str, Any]]:
@@ -83,26 +85,32 @@ def together(chosen: Sequence[Item], token_types: bool) -> Batch:
     return Batch(padded([row.ids for row in rows]), padded([[1] * len(row.ids) for row in rows]), types, labels)
 
 
-def check_head(split: Split, backbone: Backbone) -> None:
-    """Raise `InputError` unless the backbone has the head that the task needs."""
+def check_backbone(split: Split, backbone: Backbone) -> None:
+    """Raise `InputError` unless the backbone has the head that the task needs, with its labels in its order."""
     task = split.task
-    if backbone.task != task.head:
-        raise InputError(
-            f"{backbone.id} is a model for task {backbone.task!r}, {task.name} needs {task.head!r}",
-            fix=f"fine-tune one first: variator finetune {backbone.source} --task {task.name} -o DIR",
-        )
+    check_head(task, backbone.task, backbone.id)
     head = backbone.model.head
-    if isinstance(head, ClassifyHead) and head.output.weight.shape[1] != task.classes:
+    if not isinstance(head, ClassifyHead):
+        return
+    if head.output.weight.shape[1] != task.classes:
         raise InputError(f"{backbone.id} has {head.output.weight.shape[1]} classes, {task.name} has {task.classes}")
+    named = backbone.original.config.id2label or {}
+    found = [str(named.get(index, "")).lower().replace("-", "_") for index in range(task.classes)]
+    if sorted(found) == sorted(task.labels) and found != list(task.labels):
+        raise InputError(
+            f"{backbone.id} has its labels in the order {', '.join(found)}",
+            valid=f"{task.name}: {', '.join(task.labels)}",
+        )
 
 
 class TaskJudge:
     """A split as the development set of training, and of `variator eval`."""
 
     def __init__(self, split: Split, backbone: Backbone) -> None:
-        check_head(split, backbone)
+        check_backbone(split, backbone)
         self._split, self._backbone = split, backbone
         self.metric = f"{split.task.metrics[0]}, {split.label}"
+        self.origin = split.origin
 
     def scores(self, encode: Encode) -> Scores:
         """All metrics of whatever answers the split's texts."""
@@ -115,6 +123,8 @@ class TaskJudge:
 
 def adaptation(backbone: Backbone, task: str, data: Path | None) -> Labelled:
     """What plugins are adapted on: a task's training split, by its name."""
+    if data is not None and data.is_file():
+        raise InputError(f"{data} is one file", valid="a directory with a train and a dev split of the task")
     return Labelled(read_split(task_named(task), "train", data), backbone)
 
 

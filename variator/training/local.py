@@ -40,12 +40,15 @@ def local_step(
         tensors: By setting, by name.
     """
     encoder = model.encoder
-    extra = -batch.ids.shape[1] % math.lcm(*(config.multiple for config in configs))
+    multiple = math.lcm(*(config.multiple for config in configs))
+    # The first token alone in its group for the largest multiple is so for all that divide it.
+    lead = multiple - 1 if configs[0].first_alone else 0
+    extra = -(lead + batch.ids.shape[1]) % multiple
     ids, mask = F.pad(batch.ids, (0, extra)), F.pad(batch.mask, (0, extra))
     types = None if batch.types is None else F.pad(batch.types, (0, extra))
     with torch.no_grad(), whole(encoder.embeddings):
         teacher = encoder.embeddings(ids, types)
-    float_mask = mask.to(teacher.dtype)
+    teacher, float_mask = F.pad(teacher, (0, 0, lead, 0)), F.pad(mask.to(teacher.dtype), (lead, 0))
     scores_mask = masked_scores(float_mask)
     students = {config.key: teacher for config in configs}
     errors: dict[Key, list[Tensor]] = {config.key: [] for config in configs}

@@ -52,6 +52,10 @@ class TrainSettings:
         ratios = [plugin.key for plugin in self.plugins]
         if not ratios or len(set(ratios)) != len(ratios):
             raise InputError(f"ratios {ratios} to train", valid="at least one ratio, each once")
+        if len({plugin.first_alone for plugin in self.plugins}) > 1:
+            raise InputError(
+                "some of the plugins keep the first token alone and some do not", fix="train them one after the other"
+            )
         if min(self.steps, self.local_steps) < 0 or self.steps + self.local_steps < 1:
             raise InputError(f"{self.local_steps} and {self.steps} steps", valid="1 or more in at least one stage")
         if self.tokens < 16 or self.accumulate < 1 or self.evaluate_every < 1:

@@ -45,6 +45,8 @@ class State:
     stage: int = 0
     step: int = 0
     """Of the stage."""
+    scored: int = 0
+    """Step of the last stage that was scored last."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Every tenth step's losses, and all scores, as the log has them."""
     layer_errors: dict[Key, list[float]] = field(default_factory=dict)
@@ -79,6 +81,7 @@ def save_state(state: State, directory: Path, key: str) -> None:
         "key": key,
         "stage": state.stage,
         "step": state.step,
+        "scored": state.scored,
         "history": state.history,
         "layer_errors": state.layer_errors,
         "best": {ratio: [best.score, best.step] for ratio, best in state.best.items()},
@@ -115,12 +118,14 @@ def load_state(state: State, directory: Path, key: str) -> None:
 
 def _fill(state: State, saved: dict[str, Any], tensor_of: Callable[[str], Tensor]) -> None:
     state.stage, state.step, state.history = int(saved["stage"]), int(saved["step"]), list(saved["history"])
+    state.scored = int(saved["scored"])
     state.layer_errors = {parse_key(ratio): errors for ratio, errors in saved["layer_errors"].items()}
     for ratio, tensors in state.tensors.items():
         for name, tensor in tensors.items():
             if state.step:
+                step_tensor = torch.tensor(float(state.step), device=tensor.device)  # fused Adam reads it there
                 moments = {part: tensor_of(f"{ratio}/{part}/{name}").to(tensor.device) for part in MOMENTS}
-                state.optimizers[ratio].state[tensor] = {"step": torch.tensor(float(state.step)), **moments}
+                state.optimizers[ratio].state[tensor] = {"step": step_tensor, **moments}
             with torch.no_grad():
                 tensor.copy_(tensor_of(f"{ratio}/value/{name}"))
     for ratio, (score, step) in saved["best"].items():

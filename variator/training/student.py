@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from variator.toolkit.checkpoint import Backbone, Model
 from variator.toolkit.heads import OUTPUTS
+from variator.toolkit.plugin import compression
 from variator.toolkit.plugin_file import Plugin
-from variator.toolkit.plugin_format import PluginConfig, layer_operands
+from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.rows import Encode, Input, Outputs, Row, place
 from variator.training.batch import fitting, padded
 
@@ -31,14 +31,13 @@ def student(
         backbone: Whose tokenizer and limit hold.
         model: Its weights, on `device`.
     """
-    plugin = None if config is None else partial(layer_operands, tensors)
-    multiple, activation = (1, "tanh") if config is None else (config.multiple, config.activation)
+    plugin = None if config is None else compression(config, tensors)
 
     def run(rows: Sequence[Row]) -> dict[str, Tensor]:
         ids, mask = padded([row.ids for row in rows]), padded([[1] * len(row.ids) for row in rows])
         types = padded([row.types for row in rows]) if backbone.token_types else None
         ids, mask = ids.to(device), mask.to(device)
-        hidden = model.encoder(ids, mask, types if types is None else types.to(device), plugin, multiple, activation)
+        hidden = model.encoder(ids, mask, types if types is None else types.to(device), plugin)
         return dict(zip(OUTPUTS[backbone.task], model.head(hidden, mask.float()), strict=True))
 
     def encode(inputs: Sequence[Input]) -> Outputs:

@@ -59,6 +59,9 @@ class Judge(Protocol):
     metric: str
     """Name of the metric and the split."""
 
+    origin: tuple[str, ...]
+    """Where the split is from, with hashes."""
+
     def __call__(self, encode: Encode) -> float:
         """The score of whatever answers its inputs; higher is better."""
         ...
@@ -142,8 +145,12 @@ def train(
     run = _prepare(backbone, data, settings, directory, judge, start)
     state = _resume(run, overwrite)
     saved_at = time.monotonic()
-    while (stage := _current(run, state)) is not None:
+    while True:
         try:
+            _score(run, state)  # of the step before, even if that was before an interruption
+            stage = _current(run, state)
+            if stage is None:
+                break
             with interrupt_deferred():
                 progress = _step(run, stage, state)
             on_step(progress)
@@ -152,6 +159,7 @@ def train(
                 saved_at = time.monotonic()
         except KeyboardInterrupt as interrupt:
             _save(run, state)
+            stage = run.stages[min(state.stage, len(run.stages) - 1)]
             raise InterruptedTrainingError(
                 f"stopped after step {state.step} of the {stage.name} stage's {stage.steps}; "
                 + (f"the state is saved in {directory}" if state.step or state.stage else "there was nothing to save"),
@@ -189,11 +197,18 @@ def _prepare(
         Stage("layer-local", settings.local_steps, settings.local_rate, local),
         Stage("distillation", settings.steps, settings.learning_rate, distil),
     ]
-    same = {"threads": 0, "shard": False, "precision": bf16, "accumulate": settings.accumulate * processes.count}
-    judged = judge.metric if judge else ""
-    key = sha256_of_json(
-        [asdict(settings) | same, backbone.fingerprint, data.record(), judged, [plugin.digest for plugin in start]]
-    )
+    what = {
+        **asdict(settings),
+        "plugins": [config.header() for config in settings.plugins],
+        # What may differ between two parts of a run, or is the same in another form.
+        "threads": 0,
+        "shard": False,
+        "precision": bf16,
+        "accumulate": settings.accumulate * processes.count,
+    }
+    judged = [judge.metric, *judge.origin] if judge else []
+    before = [plugin.digest for plugin in start]
+    key = sha256_of_json([what, backbone.fingerprint, backbone.task, data.record(), judged, before])
     used = [stage for stage in stages if stage.steps]
     return Run(backbone, data, settings, directory, judge, start, processes, bf16, model, used, key)
 
@@ -221,7 +236,7 @@ def _current(run: Run, state: State) -> Stage | None:
 
 
 def _step(run: Run, stage: Stage, state: State) -> Progress:
-    """One optimiser step on all ratios, with log and score where they are due."""
+    """One optimiser step on all ratios, with its line in the log where one is due."""
     started = time.perf_counter()
     settings, processes = run.settings, run.processes
     tokens = 0
@@ -246,8 +261,8 @@ def _step(run: Run, stage: Stage, state: State) -> Progress:
     state.step += 1
     speed = processes.count * tokens / (time.perf_counter() - started)
     _note(run, stage, state, summaries, rate, speed)
-    scores = _score(run, stage, state)
-    return Progress(stage.name, state.step, stage.steps, {k: s.total for k, s in summaries.items()}, scores, speed)
+    losses = {ratio: summary.total for ratio, summary in summaries.items()}
+    return Progress(stage.name, state.step, stage.steps, losses, _last_scores(state), speed)
 
 
 @dataclass(frozen=True)
@@ -305,26 +320,33 @@ def _log(run: Run, state: State, entry: dict[str, Any]) -> None:
         log(run.directory, state, entry)
 
 
-def _score(run: Run, stage: Stage, state: State) -> dict[Key, float]:
-    """Scores on the development set where they are due, else the last ones; keeps the best tensors."""
-    settings = run.settings
-    due = state.step % settings.evaluate_every == 0 or state.step == stage.steps
-    if run.judge and due and stage is run.stages[-1]:
-        scores = {}
-        for config in settings.plugins:
-            tensors = state.tensors[config.key]
-            answers = student(run.backbone, run.model, config, tensors, run.processes.device)
-            with run.processes.autocast(run.bf16):
-                scores[config.key] = run.judge(answers)
-            best = state.best.get(config.key)
-            if best is None or scores[config.key] > best.score:
-                kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-                state.best[config.key] = Best(scores[config.key], state.step, kept)
-        if run.processes.main:
-            entry = {"stage": stage.name, "step": state.step, "metric": run.judge.metric}
-            _log(run, state, entry | {"score": {str(ratio): score for ratio, score in scores.items()}})
+def _score(run: Run, state: State) -> None:
+    """Score on the development set where it is due and not done yet; keep the best tensors."""
+    settings, last = run.settings, len(run.stages) - 1
+    if run.judge is None or state.stage != last or state.step in (0, state.scored):
+        return
+    if state.step % settings.evaluate_every and state.step != run.stages[last].steps:
+        return
+    scores: dict[Key, float] = {}
+    for config in settings.plugins:
+        answers = student(run.backbone, run.model, config, state.tensors[config.key], run.processes.device)
+        with run.processes.autocast(run.bf16):
+            scores[config.key] = run.judge(answers)
+    for key, score in scores.items():
+        # A correlation of constants is no number: worse than any that is one.
+        if key not in state.best or (math.isfinite(score) and not score <= state.best[key].score):
+            kept = {name: tensor.detach().cpu().clone() for name, tensor in state.tensors[key].items()}
+            state.best[key] = Best(score if math.isfinite(score) else -math.inf, state.step, kept)
+    state.scored = state.step
+    if run.processes.main:
+        shown = {str(key): score if math.isfinite(score) else None for key, score in scores.items()}
+        entry = {"stage": run.stages[last].name, "step": state.step, "metric": run.judge.metric, "score": shown}
+        _log(run, state, entry)
+
+
+def _last_scores(state: State) -> dict[Key, float]:
     last: dict[str, float] = next((entry["score"] for entry in reversed(state.history) if "score" in entry), {})
-    return {parse_key(ratio): score for ratio, score in last.items()}
+    return {parse_key(ratio): score for ratio, score in last.items() if score is not None}
 
 
 @contextmanager
@@ -413,7 +435,8 @@ def _finished(run: Run, state: State, config: PluginConfig) -> Plugin:
         record["from"].pop("losses", None)
     if best is not None and run.judge:
         scores = [[entry["step"], entry["score"][str(ratio)]] for entry in state.history if "score" in entry]
-        record["score"] = {"metric": run.judge.metric, "value": best.score, "step": best.step, "all": scores}
+        value = best.score if math.isfinite(best.score) else None
+        record["score"] = {"metric": run.judge.metric, "value": value, "step": best.step, "all": scores}
     values = best.tensors if best is not None else state.tensors[ratio]
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
     sizes = run.backbone.config

@@ -1,0 +1,93 @@
+"""The quality of tasks as one command: parts are kept, goes on where it stopped, refuses what has changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import lively
+from tests.tasks.toys import write_tasks
+from variator.bench.tasks import QualityRecord, QualitySettings, markdown, mean_drop, plot, quality
+from variator.errors import InputError, PluginError
+from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.plugin_file import save_plugin
+
+
+@pytest.fixture(scope="module")
+def inputs(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Toy tasks, and plugins to start from."""
+    place = tmp_path_factory.mktemp("quality")
+    for ratio in (2, 4):
+        save_plugin(lively(backbone, ratio), place / "plugins")
+    return write_tasks(place / "data", 60, 20), place / "plugins"
+
+
+def settings(work: Path, inputs: tuple[Path, Path], tasks: tuple[str, ...] = ("sst2", "stsb")) -> QualitySettings:
+    return QualitySettings(work, tasks, (2, 4), *inputs, steps=8, tokens=256)
+
+
+@pytest.fixture(scope="module")
+def record(checkpoint: Path, inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> QualityRecord:
+    """Both tasks, stopped in the middle of the second and gone on."""
+    work = tmp_path_factory.mktemp("work")
+
+    def stop(stage: str) -> None:
+        if stage.startswith("stsb: scoring"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quality(str(checkpoint), settings(work, inputs), "variator quality …", on_stage=stop)
+    assert (work / "sst2" / "rows.json").exists() and not (work / "stsb" / "rows.json").exists()
+    stages: list[str] = []
+    record = quality(str(checkpoint), settings(work, inputs), "variator quality …", on_stage=stages.append)
+    assert stages and all("sst2" not in stage and "adapting" not in stage for stage in stages)
+    return record
+
+
+def test_every_task_has_a_row_per_ratio(record: QualityRecord) -> None:
+    assert [(row.task, row.ratio) for row in record.rows] == [(t, k) for t in ("sst2", "stsb") for k in (1, 2, 4)]
+    for row in record.rows:
+        first = next(one for one in record.rows if one.task == row.task and one.ratio == 1)
+        assert row.reference == first.value and row.drop == pytest.approx(1 - row.value / first.value, abs=1e-4)
+        assert (row.engine, row.precision) == ("onnxruntime", "fp32") and "sample" in row.split
+        assert (row.parameters > 0) == (row.share > 0) == (row.ratio != 1)
+        assert (row.flops_saved == 0) == (row.ratio == 1)
+
+
+def test_the_record_is_read_back_and_drawn(record: QualityRecord, tmp_path: Path) -> None:
+    (tmp_path / "quality.json").write_text(record.to_json())
+    assert QualityRecord.load(tmp_path / "quality.json") == record
+    table = markdown(record)
+    assert table.count("\n| ") == 7 and "sst2 dev (sample: 20 of 872)" in table and "mean of 1 without stsb" in table
+    assert plot(record).startswith("<svg") and "stsb" in plot(record)
+    drop, count = mean_drop(record.rows, 4)
+    assert count == 1 and drop == next(row.drop for row in record.rows if (row.task, row.ratio) == ("sst2", 4))
+    (tmp_path / "quality.json").write_text(json.dumps({"schema": "other/1"}))
+    with pytest.raises(InputError, match="other/1"):
+        QualityRecord.load(tmp_path / "quality.json")
+
+
+def test_parts_of_something_else_are_refused(
+    checkpoint: Path, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("variator.bench.tasks._task", lambda *arguments: [])
+    quality(str(checkpoint), settings(tmp_path / "work", inputs), "…")
+    quality(str(checkpoint), settings(tmp_path / "work", inputs, ("stsb",)), "…")
+    more = write_tasks(tmp_path / "data", 61, 20)
+    with pytest.raises(InputError, match="made from another"):
+        quality(str(checkpoint), settings(tmp_path / "work", (more, inputs[1])), "…")
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(
+    checkpoint: Path, inputs: tuple[Path, Path], tmp_path: Path, toy: Path
+) -> None:
+    with pytest.raises(PluginError, match="no plugin of ratio 2 ships"):
+        quality(str(checkpoint), QualitySettings(tmp_path / "w", ("sst2",), (2,), inputs[0]), "…")
+    with pytest.raises(InputError, match=r"needs 'embed'(.|\n)*sentence-transformers"):
+        quality(str(toy), settings(tmp_path / "w", inputs), "…")
+    assert not (tmp_path / "w").exists()
+    for wrong in ({"tasks": ("cola",)}, {"tasks": ()}, {"ratios": ()}, {"ratios": (1, 2)}):
+        with pytest.raises(InputError):
+            QualitySettings(**{"work": tmp_path, **wrong})  # type: ignore[arg-type]
