@@ -19,7 +19,7 @@ from rich.text import Text
 
 import variator
 from variator.errors import InputError, VariatorError
-from variator.toolkit.plugin_format import Key, parse_key
+from variator.toolkit.plugin_format import NAME, Key, parse_key
 
 GUIDE = """Make a frozen Transformer encoder faster with small plugins, and choose how much per request.
 
@@ -535,11 +535,11 @@ def evaluate(
 
 
 def keys(ratios: list[str] | None) -> tuple[Key, ...]:
-    """`["4", "long"]` -> (4, "long")."""
-    try:
-        return tuple(map(parse_key, ratios or ()))
-    except InputError as error:
-        raise typer.BadParameter(f"{error.what}; {error.valid}, or a name") from error
+    """`["4", "long"]` -> (4, "long"); what can be neither is wrong usage."""
+    for ratio in ratios or ():
+        if not ratio.removeprefix("-").isdecimal() and not NAME.fullmatch(ratio):
+            raise typer.BadParameter(f"{ratio!r} is neither a ratio nor the name of a setting")
+    return tuple(map(parse_key, ratios or ()))
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
