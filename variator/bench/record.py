@@ -7,11 +7,13 @@ Written by `bench.run`, read by `bench.table` and `bench.report`. Times are in m
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from variator import machine
 from variator.errors import InputError
 from variator.toolkit.bundle import PER_RATIO
 from variator.toolkit.plugin_format import Key
@@ -32,6 +34,14 @@ class Machine:
     features: list[str]
     system: str
     date: str
+
+
+def this_machine() -> Machine:
+    """This machine, now."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Machine(
+        machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ from variator.bench.record import (
     PEER,
     Flops,
     LayoutResult,
-    Machine,
     Memory,
     Model,
     Plugging,
@@ -29,6 +27,7 @@ from variator.bench.record import (
     Quality,
     Record,
     Result,
+    this_machine,
 )
 from variator.engines.base import Feed
 from variator.engines.build import BACKENDS, BuiltEngine, find_built
@@ -131,7 +130,7 @@ def bench(
             results += _time(bundle, runners, (batch, length), flops, settings)
         quality, more = _quality(bundle, runtimes, ratios, peers, pairs, on_stage) if settings.quality else ([], [])
     return Record(
-        machine=_machine(),
+        machine=this_machine(),
         model=_model(bundle),
         command=command,
         versions=_versions(),
@@ -397,13 +396,6 @@ def _batched(encode: Encode) -> Encode:
 def _padded_feed(runtime: Runtime, texts: Sequence[Input]) -> Feed:
     rows = runtime.tokenise(list(texts), truncate=True)
     return runtime.feed(rows, max(len(row.ids) for row in rows))
-
-
-def _machine() -> Machine:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Machine(
-        machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now
-    )
 
 
 def _model(bundle: Bundle) -> Model:

@@ -7,7 +7,6 @@ where it stopped. What is scored is what is deployed: the exported graphs in an 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
@@ -15,9 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from variator import machine
 from variator.bench.evaluate import EvalSettings, evaluate
-from variator.bench.record import Machine
+from variator.bench.record import Machine, this_machine
 from variator.errors import InputError, PluginError
 from variator.files import sha256_of_json, write_atomically
 from variator.tasks.catalogue import TASKS
@@ -168,15 +166,11 @@ def quality(
         key = sha256_of_json([parts, settings.precision, backbone.fingerprint, train.origin, dev.origin, digests])
         _claim(settings.work / task, key)
         rows += _task(train, dev, model, backbone.id, start, settings, on_stage)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    here = Machine(
-        machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now
-    )
     packages = ("variator", "onnxruntime", "openvino", "torch", "transformers")
     versions = {package: importlib.metadata.version(package) for package in packages}
     notes = ["The best of several scores on the same development split was kept, as in the paper: a little flattered."]
     plain = json.loads(json.dumps(chosen))  # as a record that is read back has it
-    return QualityRecord(here, backbone.id, command, versions, plain, rows, notes)
+    return QualityRecord(this_machine(), backbone.id, command, versions, plain, rows, notes)
 
 
 def _start(backbone: Backbone, settings: QualitySettings) -> list[Plugin]:

@@ -33,6 +33,11 @@ class Example:
     answers: tuple[tuple[str, int], ...] = ()
     """Of a question: text and the character it starts at; several people answered."""
 
+    @property
+    def input(self) -> str | tuple[str, str]:
+        """Its texts as a model is asked them."""
+        return self.texts[0] if len(self.texts) == 1 else (self.texts[0], self.texts[1])
+
 
 @dataclass(frozen=True)
 class Split:

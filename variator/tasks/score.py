@@ -35,7 +35,7 @@ def score(split: Split, encode: Encode, tokenizer: Tokenizer, limit: int) -> Sco
         cut = squad.windows(tokenizer, examples, limit)
         given = squad.answers(cut, encode([window.row for window in cut]), examples)
         return {"f1": _best(squad.f1, given, examples), "exact_match": _best(squad.exact_match, given, examples)}
-    logits = encode([_pair(example.texts) for example in examples])["logits"]
+    logits = encode([example.input for example in examples])["logits"]
     if logits.shape[-1] != split.task.classes:
         raise InputError(
             f"the model tells {logits.shape[-1]} classes apart, {split.task.name} has {split.task.classes}"
@@ -75,10 +75,6 @@ def correlations(values: npt.NDArray[np.float32], gold: Sequence[float]) -> Scor
         "spearman": float(spearmanr(values, gold).statistic),
         "pearson": float(pearsonr(values, gold).statistic),
     }
-
-
-def _pair(texts: tuple[str, ...]) -> str | tuple[str, str]:
-    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
 
 def _classified(split: Split, found: npt.NDArray[np.int64]) -> Scores:

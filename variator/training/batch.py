@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,11 +57,12 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows])
 
 
-def fitting(rows: Sequence[Sequence[int]], tokens: int) -> int:
-    """How many of the first rows fit a budget of rows x longest row; at least one."""
-    longest = 0
-    for count, row in enumerate(rows):
-        longest = max(longest, len(row))
+def fitting(lengths: Iterable[int], tokens: int) -> int:
+    """How many of the first rows, given their lengths, fit a budget of rows x longest row; at least one."""
+    longest = count = 0
+    for length in lengths:
+        longest = max(longest, length)
         if count and longest * (count + 1) > tokens:
-            return count
-    return len(rows)
+            break
+        count += 1
+    return count

@@ -142,10 +142,11 @@ def choose(
     schedule = cheapest(table, costs, (1 - budget) * whole)
     config = scheduled(name, schedule, activation)
     start = {
-        f"layers.{layer}.ffn.{part}": tensors[size][f"layers.{layer}.ffn.{part}"].numpy()
+        part: tensor.numpy()
         for layer, size in enumerate(schedule)
         if size != one
-        for part in _parts(tensors[size], layer)
+        for part, tensor in tensors[size].items()
+        if part.startswith(f"layers.{layer}.")
     }
     plugin = replace(fits[0], config=config, tensors=start, training={"stage": "sensitivity"})
     saved = 1 - sum(costs[size] for size in schedule) / whole
@@ -192,11 +193,6 @@ def within_budget(
     # As the file has it, so that a resumed run starts from the same numbers.
     start = load_plugin(path)
     return replace(settings, plugins=(start.config,), local_steps=0), [start]
-
-
-def _parts(tensors: Mapping[str, Tensor], layer: int) -> list[str]:
-    prefix = f"layers.{layer}.ffn."
-    return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
 
 
 def sensitivity(

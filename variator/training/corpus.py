@@ -65,7 +65,7 @@ class Corpus:
             drawn.append(pieces[(start + len(drawn)) % len(pieces)])
         limit = min(LONGEST_SPAN, backbone.max_length)
         rows = backbone.tokenizer(drawn, truncation=True, max_length=limit, padding=False)["input_ids"]
-        rows = rows[: fitting(rows, tokens)]
+        rows = rows[: fitting(map(len, rows), tokens)]
         return Batch(padded(rows), padded([[1] * len(row) for row in rows]))
 
     def record(self) -> list[dict[str, Any]]:

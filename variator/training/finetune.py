@@ -101,7 +101,7 @@ def finetune(
         warmup_steps=0.06,  # below 1: a share of the steps
         weight_decay=0.01,
         seed=settings.seed,
-        bf16=settings.precision == "bf16" or (settings.precision == "auto" and processes.has_bf16()),
+        bf16=processes.bf16(settings.precision),
         use_cpu=processes.device.type == "cpu",
         train_sampling_strategy="group_by_length",
         length_column_name="length",

@@ -42,16 +42,13 @@ class Labelled:
         check_backbone(split, backbone)
         self._split = split
         self._items = sorted(items(split, backbone), key=lambda item: item.length)
-        self._lengths = [range(item.length) for item in self._items]
 
     def batch(self, backbone: Backbone, seed: str, index: int, tokens: int) -> Batch:
         """The batch of one index: see `training.batch.Data`."""
         start = random.Random(f"{seed}:{index}").randrange(len(self._items))
         most = min(tokens, len(self._items))
-        following = [(start + step) % len(self._items) for step in range(most)]
-        rows = len(self._items[0].rows)
-        count = fitting([self._lengths[place] for place in following], tokens // rows)
-        chosen = [self._items[place] for place in following[:count]]
+        following = [self._items[(start + step) % len(self._items)] for step in range(most)]
+        chosen = following[: fitting((item.length for item in following), tokens // len(following[0].rows))]
         return together(chosen, backbone.token_types)
 
     def record(self) -> list[dict[str, Any]]:
@@ -72,8 +69,7 @@ def items(split: Split, backbone: Backbone) -> list[Item]:
     if split.task.head == "embed":
         # 0 to 5 as a cosine: 5 means the same, 0 nothing in common.
         return [Item(tuple(tokenise(backbone, e.texts)), {"similarity": e.label / 5}) for e in examples]
-    texts: list[Any] = [e.texts if len(e.texts) > 1 else e.texts[0] for e in examples]
-    rows = tokenise(backbone, texts)
+    rows = tokenise(backbone, [example.input for example in examples])
     return [Item((row,), {"label": example.label}) for row, example in zip(rows, examples, strict=True)]
 
 

@@ -65,8 +65,10 @@ class Processes:
         model.head.to(self.device)
         return model
 
-    def has_bf16(self) -> bool:
-        """Whether the device multiplies bf16 matrices natively."""
+    def bf16(self, precision: str) -> bool:
+        """Whether a training precision means bf16: `auto` does where the device multiplies such matrices natively."""
+        if precision != "auto":
+            return precision == "bf16"
         if self.device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported())
         return bool({"avx512_bf16", "amx_bf16"} & set(machine.cpu_features()))

@@ -46,7 +46,7 @@ def student(
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         outputs: Outputs = {}
         while order:
-            part = order[: fitting([rows[index].ids for index in order], TOKENS_PER_RUN)]
+            part = order[: fitting((lengths[index] for index in order), TOKENS_PER_RUN)]
             order = order[len(part) :]
             with torch.no_grad():
                 found = run([rows[index] for index in part])

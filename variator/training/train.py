@@ -184,7 +184,7 @@ def _prepare(
 ) -> Run:
     _check_start(backbone, settings, start)
     processes = Processes()
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and processes.has_bf16())
+    bf16 = processes.bf16(settings.precision)
     shard = settings.shard or sharding_asked_for()
     # Sharding changes a model in place, and a device moves it: the caller's own stays as it is.
     model = copy.deepcopy(backbone.model) if shard or bf16 or processes.device.type != "cpu" else backbone.model
