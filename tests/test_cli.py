@@ -158,9 +158,6 @@ def test_wrong_usage_is_status_2(arguments: tuple[object, ...]) -> None:
         (),
         ("--ratio", "4", "--budget", "0.5"),
         ("--ratio", "4", "--task", "sst2"),
-        ("--ratio", "4", "--from", "plugins", "--rank", "32"),
-        ("--budget", "0.5", "--from", "plugins"),
-        ("--budget", "0.5", "--keys-values", "4"),
         ("--budget", "0.5", "--steps", "0"),
     ],
 )

@@ -274,6 +274,9 @@ def train(
     ratio: Annotated[
         list[str] | None, typer.Option(help="Ratios to train, all from one teacher pass; with --from also names.")
     ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="A setting by name, beside or instead of ratios: paper, wide or long.")
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Share of the FLOPs to save, 0.5: a ratio and rank for each layer is chosen.")
     ] = None,
@@ -324,47 +327,25 @@ def train(
     Ctrl-C saves, the same command goes on. In several processes: `accelerate launch -m variator train …`.
     """
     from variator.toolkit.checkpoint import load_backbone
-    from variator.toolkit.plugin_file import load_named
-    from variator.toolkit.plugin_format import PluginConfig, check_ratio, file_name
     from variator.training.batch import Data
     from variator.training.budget import within_budget
     from variator.training.corpus import read_corpus
     from variator.training.labelled import adaptation, development
     from variator.training.objective import Weights
+    from variator.training.plan import Plan
     from variator.training.settings import TrainSettings
     from variator.training.train import train as verb
 
     if bool(corpus) == bool(task):
         raise InputError("train on plain text or on a task", valid="either --corpus FILE … or --task NAME")
-
-    if bool(ratio) == (budget is not None):
-        raise InputError("train ratios, or a schedule for a budget", valid="either --ratio 4 … or --budget 0.5")
     if dev and task:
         raise InputError("--dev is for plain text", fix=f"--data DIR with DIR/{task}/dev.jsonl")
-    shaped = [rank, activation, keys_values, keys_values_rank, setting or None, first_alone or None]
-    if start and (budget is not None or any(value is not None for value in shaped)):
-        raise InputError("plugins that are gone on --from keep their rank, activation and sites", fix="leave those out")
-    if budget is not None and (steps == 0 or any(value is not None for value in (rank, *shaped[2:4], shaped[5]))):
-        raise InputError(
-            "--budget chooses ratio and rank per layer at the FFN site", valid="--activation, --setting and --steps"
-        )
-    before = [load_named(start / file_name(key)) for key in keys(ratio)] if start else []
-    fresh = tuple(
-        PluginConfig(
-            check_ratio(key),
-            rank or 64,
-            activation or "gelu",
-            keys_values or 1,
-            keys_values_rank or 0,
-            first_alone=first_alone,
-            name=setting,
-        )
-        for key in keys(ratio or ["2"])
-        if not start
-    )
+    shape = (rank, activation, keys_values, keys_values_rank, first_alone, setting)
+    plan = Plan(keys(ratio), tuple(preset or ()), budget, start, *shape)
+    before = plan.before()
     settings = TrainSettings(
-        tuple(plugin.config for plugin in before) or fresh,
-        local_steps=(0 if start else 800) if local_steps is None else local_steps,
+        tuple(plugin.config for plugin in before) or plan.configs(),
+        local_steps=plan.local_steps if local_steps is None else local_steps,
         steps=steps,
         tokens=tokens,
         accumulate=accumulate,

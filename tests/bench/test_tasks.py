@@ -1,8 +1,9 @@
-"""The quality of tasks as one command: parts are kept, goes on where it stopped, refuses what has changed."""
+"""The quality of tasks as one command: parts are kept, goes on where it stopped, mixes up nothing."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def record(checkpoint: Path, inputs: tuple[Path, Path], tmp_path_factory: pytest
 
     with pytest.raises(KeyboardInterrupt):
         quality(str(checkpoint), settings(work, inputs), "variator quality …", on_stage=stop)
-    assert (work / "sst2" / "rows.json").exists() and not (work / "stsb" / "rows.json").exists()
+    assert list(work.glob("sst2/*/rows-*.json")) and not list(work.glob("stsb/*/rows-*.json"))
     stages: list[str] = []
     record = quality(str(checkpoint), settings(work, inputs), "variator quality …", on_stage=stages.append)
     assert stages and all("sst2" not in stage and "adapting" not in stage for stage in stages)
@@ -69,15 +70,22 @@ def test_the_record_is_read_back_and_drawn(record: QualityRecord, tmp_path: Path
         QualityRecord.load(tmp_path / "quality.json")
 
 
-def test_parts_of_something_else_are_refused(
-    checkpoint: Path, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_plugins_find_the_backbone_again_and_nothing_else(
+    checkpoint: Path, inputs: tuple[Path, Path], tmp_path: Path, backbone: Backbone
 ) -> None:
-    monkeypatch.setattr("variator.bench.tasks._task", lambda *arguments: [])
-    quality(str(checkpoint), settings(tmp_path / "work", inputs), "…")
-    quality(str(checkpoint), settings(tmp_path / "work", inputs, ("stsb",)), "…")
-    more = write_tasks(tmp_path / "data", 61, 20)
-    with pytest.raises(InputError, match="made from another"):
-        quality(str(checkpoint), settings(tmp_path / "work", (more, inputs[1])), "…")
+    said: list[str] = []
+    data, work = inputs[0], tmp_path / "work"
+    for gain in (1.0, 0.5):
+        plugin = lively(backbone, 2)
+        tensors = {name: gain * value for name, value in plugin.tensors.items()}
+        save_plugin(replace(plugin, tensors=tensors), tmp_path / f"plugins-{gain}")
+        chosen = QualitySettings(work, ("sst2",), (2,), data, tmp_path / f"plugins-{gain}", steps=2, tokens=128)
+        said.append("")
+        quality(str(checkpoint), chosen, "…", on_stage=lambda stage: said.append(stage))
+    first, second = " ".join(said).split("  ")
+    assert "fine-tuning" in first and "fine-tuning" not in second
+    assert "exporting" in first and "exporting" in second
+    assert len(list((work / "sst2").glob("backbone-*"))) == 1 and len(list((work / "sst2").glob("adapted-*"))) == 2
 
 
 def test_what_is_missing_is_said_before_anything_is_trained(

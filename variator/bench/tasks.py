@@ -16,7 +16,10 @@ from typing import Any
 
 from variator.bench.evaluate import EvalSettings, evaluate
 from variator.bench.record import Machine, this_machine
+from variator.engines.build import build
 from variator.errors import InputError, PluginError
+from variator.exporters.export import ExportSettings, export
+from variator.exporters.flops import count_flops
 from variator.files import sha256_of_json, write_atomically
 from variator.tasks.catalogue import TASKS
 from variator.tasks.read import Split, read_split
@@ -24,7 +27,10 @@ from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone, load_backbone
 from variator.toolkit.plugin_file import Plugin, find_plugin, load_named
 from variator.toolkit.plugin_format import Key, file_name, in_order, parse_key
+from variator.training.finetune import FinetuneSettings, finetune
 from variator.training.labelled import Labelled, TaskJudge, check_backbone
+from variator.training.settings import TrainSettings
+from variator.training.train import train as adapt
 
 SCHEMA = "variator.quality/1"
 LENGTHS = {"squad": 384}
@@ -146,9 +152,6 @@ def quality(
         model: Checkpoint to fine-tune; for STS-B it is taken as it is.
         command: How this was called, for the record.
         name: What to call the model.
-
-    Raises:
-        InputError: If the working directory holds another model's or other settings' parts.
     """
     backbone = load_backbone(model, "hidden", name)
     chosen = asdict(settings) | {"work": "", "data": str(settings.data), "plugins": str(settings.plugins)}
@@ -159,13 +162,8 @@ def quality(
     }
     if "stsb" in settings.tasks:
         check_backbone(splits["stsb"][1], load_backbone(model))
-    rows: list[Row] = []
-    for task, (train, dev) in splits.items():
-        parts = [settings.steps, settings.tokens, settings.learning_rate, settings.seed, settings.engine]
-        digests = [plugin.digest for plugin in start]
-        key = sha256_of_json([parts, settings.precision, backbone.fingerprint, train.origin, dev.origin, digests])
-        _claim(settings.work / task, key)
-        rows += _task(train, dev, model, backbone.id, start, settings, on_stage)
+    jobs = [_Job(model, backbone, *pair, start, settings, on_stage) for pair in splits.values()]
+    rows = [row for job in jobs for row in job.rows()]
     packages = ("variator", "onnxruntime", "openvino", "torch", "transformers")
     versions = {package: importlib.metadata.version(package) for package in packages}
     notes = ["The best of several scores on the same development split was kept, as in the paper: a little flattered."]
@@ -183,109 +181,87 @@ def _start(backbone: Backbone, settings: QualitySettings) -> list[Plugin]:
     return [plugin for plugin in found.values() if plugin is not None]
 
 
-def _claim(place: Path, key: str) -> None:
-    """Mark a task's parts with what they were made from, and refuse those of something else."""
-    mark = place / "made-from.sha256"
-    if mark.exists() and mark.read_text(encoding="utf-8") != key:
-        raise InputError(
-            f"{place} holds parts that were made from another model, data, plugins or settings",
-            fix="another -o, or remove that directory",
+@dataclass(frozen=True)
+class _Job:
+    """One task. Its parts are kept in directories that are named by what they are made from, each used if it is there:
+    `backbone-<hash>`, which other plugins find again, and `adapted-<hash>` with plugins, bundle and rows."""
+
+    model: str
+    backbone: Backbone
+    train: Split
+    dev: Split
+    start: Sequence[Plugin]
+    settings: QualitySettings
+    on_stage: Callable[[str], None]
+
+    def rows(self) -> list[Row]:
+        """The task's rows, ratio by ratio."""
+        settings, place = self.settings, self._place("adapted", self._adapted_from())
+        done = place / f"rows-{settings.engine}-{settings.precision}.json"
+        if done.exists():
+            return [Row(**row) for row in json.loads(done.read_text(encoding="utf-8"))]
+        tuned = self._tuned()
+        self._adapt(tuned, place / "plugins")
+        bundle = self._bundle(tuned, place)
+        chosen = EvalSettings(engine=settings.engine, precision=settings.precision)
+        found = evaluate(bundle.path, self.dev, chosen, lambda stage: self._say(f"scoring {stage}"))
+        rows = [_row(one.ratio, one.scores, one.drop, one.engine, one.precision, bundle, self) for one in found]
+        rows = [dataclasses.replace(row, reference=rows[0].value) for row in rows]
+        write_atomically(done, json.dumps([asdict(row) for row in rows], indent=1))
+        return rows
+
+    def _place(self, part: str, made_from: Any) -> Path:
+        return self.settings.work / self.dev.task.name / f"{part}-{sha256_of_json(made_from)[:12]}"
+
+    def _tuned_from(self) -> list[Any]:
+        return [self.backbone.fingerprint, self.train.origin, asdict(FinetuneSettings(seed=self.settings.seed))]
+
+    def _adapted_from(self) -> list[Any]:
+        settings = self.settings
+        numbers = [settings.steps, settings.tokens, settings.learning_rate, settings.seed]
+        return [*self._tuned_from(), self.dev.origin, numbers, [plugin.digest for plugin in self.start]]
+
+    def _tuned(self) -> str:
+        """The checkpoint that knows the task."""
+        if self.dev.task.head == "embed":
+            return self.model
+        output = self._place("backbone", self._tuned_from())
+        if not output.exists():
+            tell = _every(lambda step, steps: self._say(f"fine-tuning the backbone, step {step} of {steps}"))
+            finetune(self.model, self.train, output, FinetuneSettings(seed=self.settings.seed), tell)
+        return str(output)
+
+    def _adapt(self, tuned: str, output: Path) -> None:
+        """The plugins, adapted to backbone and task."""
+        settings = self.settings
+        if all((output / file_name(ratio)).exists() for ratio in settings.ratios):
+            return
+        backbone = load_backbone(tuned)
+        chosen = TrainSettings(
+            tuple(plugin.config for plugin in self.start),
+            local_steps=0,
+            steps=settings.steps,
+            tokens=settings.tokens,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+            evaluate_every=max(1, settings.steps // 4),
         )
-    place.mkdir(parents=True, exist_ok=True)
-    write_atomically(mark, key)
+        tell = _every(lambda step, steps: self._say(f"adapting, step {step} of {steps}"))
+        judge, data = TaskJudge(self.dev, backbone), Labelled(self.train, backbone)
+        adapt(backbone, data, chosen, output, lambda progress: tell(progress.step, progress.steps), judge, self.start)
 
+    def _bundle(self, tuned: str, place: Path) -> Bundle:
+        """The exported bundle with its engine."""
+        path, settings = place / "bundle", self.settings
+        if not path.exists():
+            self._say("exporting")
+            name = f"{self.backbone.id}-{self.dev.task.name}"
+            export(tuned, path, ExportSettings(settings.ratios, place / "plugins"), name=name)
+        build(path, settings.engine, settings.precision, on_stage=self._say)
+        return Bundle.open(path)
 
-def _task(
-    train: Split,
-    dev: Split,
-    model: str,
-    name: str,
-    start: Sequence[Plugin],
-    settings: QualitySettings,
-    on_stage: Callable[[str], None],
-) -> list[Row]:
-    """One task's rows: read if they are there, else made, part by part."""
-    task, place = dev.task, settings.work / dev.task.name
-    done = place / "rows.json"
-    if done.exists():
-        return [Row(**row) for row in json.loads(done.read_text(encoding="utf-8"))]
-    tuned = _tuned(train, model, place, settings, on_stage)
-    plugins = _adapted(train, dev, tuned, start, place, settings, on_stage)
-    bundle = _bundle(tuned, f"{name}-{task.name}", plugins, place, settings, on_stage)
-    chosen = EvalSettings(engine=settings.engine, precision=settings.precision)
-    found = evaluate(bundle.path, dev, chosen, lambda stage: on_stage(f"{task.name}: scoring {stage}"))
-    rows = [_row(one.ratio, one.scores, one.drop, one.engine, one.precision, bundle, train, dev) for one in found]
-    rows = [dataclasses.replace(row, reference=rows[0].value) for row in rows]
-    write_atomically(done, json.dumps([asdict(row) for row in rows], indent=1))
-    return rows
-
-
-def _tuned(train: Split, model: str, place: Path, settings: QualitySettings, on_stage: Callable[[str], None]) -> str:
-    """The checkpoint that knows the task."""
-    from variator.training.finetune import FinetuneSettings, finetune
-
-    task = train.task
-    if task.head == "embed":
-        return model
-    output = place / "backbone"
-    if not output.exists():
-        on_stage(f"{task.name}: fine-tuning the backbone")
-        tell = _every(lambda step, steps: on_stage(f"{task.name}: fine-tuning, step {step} of {steps}"))
-        finetune(model, train, output, FinetuneSettings(seed=settings.seed), tell)
-    return str(output)
-
-
-def _adapted(
-    train: Split,
-    dev: Split,
-    tuned: str,
-    start: Sequence[Plugin],
-    place: Path,
-    settings: QualitySettings,
-    on_stage: Callable[[str], None],
-) -> Path:
-    """The plugins, adapted to backbone and task."""
-    from variator.training.settings import TrainSettings
-    from variator.training.train import train as verb
-
-    output = place / "plugins"
-    if all((output / file_name(ratio)).exists() for ratio in settings.ratios):
-        return output
-    backbone = load_backbone(tuned)
-    chosen = TrainSettings(
-        tuple(plugin.config for plugin in start),
-        local_steps=0,
-        steps=settings.steps,
-        tokens=settings.tokens,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        evaluate_every=max(1, settings.steps // 4),
-    )
-    tell = _every(lambda step, steps: on_stage(f"{train.task.name}: adapting, step {step} of {steps}"))
-    judge = TaskJudge(dev, backbone)
-    data = Labelled(train, backbone)
-    verb(backbone, data, chosen, output, lambda p: tell(p.step, p.steps), judge, start)
-    return output
-
-
-def _bundle(
-    tuned: str,
-    name: str,
-    plugins: Path,
-    place: Path,
-    settings: QualitySettings,
-    on_stage: Callable[[str], None],
-) -> Bundle:
-    """The exported bundle with its engine."""
-    from variator.engines.build import build
-    from variator.exporters.export import ExportSettings, export
-
-    path = place / "bundle"
-    if not path.exists():
-        on_stage(f"{name}: exporting")
-        export(tuned, path, ExportSettings(settings.ratios, plugins), name=name)
-    build(path, settings.engine, settings.precision, on_stage=lambda stage: on_stage(f"{name}: {stage}"))
-    return Bundle.open(path)
+    def _say(self, what: str) -> None:
+        self.on_stage(f"{self.dev.task.name}: {what}")
 
 
 def _row(
@@ -295,18 +271,16 @@ def _row(
     engine: str,
     precision: str,
     bundle: Bundle,
-    train: Split,
-    dev: Split,
+    job: _Job,
 ) -> Row:
-    from variator.exporters.flops import count_flops
-
-    entry, sequence = bundle.ratio(ratio), LENGTHS.get(dev.task.name, USUAL_LENGTH)
+    dev, entry = job.dev, bundle.ratio(ratio)
+    sequence = LENGTHS.get(dev.task.name, USUAL_LENGTH)
     whole, here = (count_flops(bundle.path / bundle.ratio(one).graph, sequence)["total"] for one in (1, ratio))
     metric = dev.task.metrics[0]
     return Row(
         task=dev.task.name,
         split=dev.label,
-        trained=train.label,
+        trained=job.train.label,
         ratio=ratio,
         metric=metric,
         value=round(scores[metric], 5),

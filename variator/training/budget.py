@@ -170,8 +170,11 @@ def within_budget(
         overwrite: Choose anew.
 
     Raises:
-        InputError: If `directory` holds a choice of that name with another budget, model, data or settings.
+        InputError: If `directory` holds a choice of that name with another budget, model, data or settings; for no
+            steps of distillation.
     """
+    if not settings.steps:
+        raise InputError("a schedule for a budget is made good by distillation", valid="1 or more --steps")
     name = name or f"s{round(100 * budget)}"
     place = directory / f"{name}.choice"
     path, mark = place / file_name(name), place / "choice.sha256"

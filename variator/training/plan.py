@@ -1,0 +1,107 @@
+"""Which plugins a run trains: ratios, presets, a schedule, or files to go on from; and what contradicts what.
+
+Called by `variator.cli`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from variator.errors import InputError
+from variator.toolkit.plugin_file import Plugin, load_named
+from variator.toolkit.plugin_format import Key, PluginConfig, check_ratio, file_name
+
+PRESETS = {
+    config.name: config
+    for config in (
+        PluginConfig(4, 64, "tanh", name="paper"),
+        PluginConfig(8, 192, "gelu", name="wide"),
+        PluginConfig(8, 192, "gelu", keys_values=4, keys_values_rank=64, name="long"),
+    )
+}
+"""Settings under a name; docs/training.md has what each saves and keeps."""
+
+DEFAULT_ACTIVATION = "gelu"
+DEFAULT_RANK = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained; None and empty where nothing was asked for.
+
+    Args:
+        ratios: Ratios, each a plugin; with `start` also names.
+        presets: Names out of `PRESETS`, trained beside the ratios.
+        budget: Share of the FLOPs to save by a schedule, instead of both.
+        start: Directory of plugins to go on from.
+        rank, activation, keys_values, keys_values_rank, first_alone, name: Of the plugins of `ratios`, as in
+            `PluginConfig`; of a budget's schedule only activation and name.
+
+    Raises:
+        InputError: If parts contradict each other.
+    """
+
+    ratios: tuple[Key, ...] = ()
+    presets: tuple[str, ...] = ()
+    budget: float | None = None
+    start: Path | None = None
+    rank: int | None = None
+    activation: str | None = None
+    keys_values: int | None = None
+    keys_values_rank: int | None = None
+    first_alone: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.ratios or self.presets) == (self.budget is not None):
+            raise InputError(
+                "train ratios, presets, or a schedule for a budget",
+                valid="--ratio 4 …, --preset wide … or --budget 0.5",
+            )
+        unknown = [name for name in self.presets if name not in PRESETS]
+        if unknown:
+            raise InputError(f"preset {unknown[0]!r}", valid=", ".join(PRESETS))
+        sites = (self.rank, self.keys_values, self.keys_values_rank, self.first_alone or None)
+        chosen_here = any(value is not None for value in (*sites, self.activation, self.name or None))
+        if self.start and (self.budget is not None or self.presets or chosen_here):
+            raise InputError(
+                "plugins that are gone on --from keep their rank, activation and sites", fix="leave those out"
+            )
+        if self.budget is not None and any(value is not None for value in sites):
+            raise InputError(
+                "--budget chooses ratio and rank per layer at the FFN site", valid="--activation, --setting and --steps"
+            )
+        if self.presets and not self.ratios and chosen_here:
+            raise InputError(
+                "a preset is a rank, an activation and sites", fix="--ratio and --setting, for one of your own"
+            )
+
+    @property
+    def local_steps(self) -> int:
+        """Usual length of the layer-local stage: none for what was trained before."""
+        return 0 if self.start else 800
+
+    def before(self) -> list[Plugin]:
+        """The plugins to go on from.
+
+        Raises:
+            PluginError: If one is missing or damaged.
+        """
+        return [load_named(self.start / file_name(key)) for key in self.ratios] if self.start else []
+
+    def configs(self) -> tuple[PluginConfig, ...]:
+        """Plugins to train from the beginning; of a budget one that has the schedule's activation."""
+        fresh = [
+            PluginConfig(
+                check_ratio(ratio),
+                self.rank or DEFAULT_RANK,
+                self.activation or DEFAULT_ACTIVATION,
+                self.keys_values or 1,
+                self.keys_values_rank or 0,
+                first_alone=self.first_alone,
+                name=self.name if self.budget is None else "",
+            )
+            for ratio in (self.ratios if self.budget is None else (2,))
+        ]
+        return *fresh, *(PRESETS[name] for name in self.presets)
