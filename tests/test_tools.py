@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tools import front
 from variator.engines.build import build
 from variator.toolkit.bundle import Bundle
 
@@ -32,6 +35,22 @@ def test_the_table_of_choices_in_the_docs_is_that_of_the_record() -> None:
     script = [sys.executable, str(ROOT / "tools" / "shared_choices.py"), "table", "results/shared-choices.json"]
     printed = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert printed.count("\n") == 7 and printed in (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+
+
+def test_the_front_has_a_row_per_setting(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = [(2, 4, "gelu"), (4, 4, "gelu"), (4, 8, "gelu"), (4, 8, "tanh")]
+    monkeypatch.setattr(front, "GRID", grid)
+    (tmp_path / "corpus.txt").write_text("\n".join(f"w{i} a b w{i % 7} c" for i in range(200)))
+    record = front.measure(str(checkpoint), [tmp_path / "corpus.txt"], 3)
+    rows = record["rows"]
+    assert [(row["ratio"], row["rank"], row["activation"]) for row in rows] == grid
+    left = [row["ffn_flops_left"] for row in rows]
+    assert 1 > left[0] > left[2] > left[1] > 0 and left[2] == left[3]
+    assert rows[2]["parameters_added"] > rows[1]["parameters_added"] and all(row["error"] > 0 for row in rows)
+    assert front.table(record).count("\n") == 2 + len(grid) and "front" in front.table(record)
+    assert "rank 8, tanh" in front.picture(record)
+    better = {"ffn_flops_left": 0.1, "error": 0.0}
+    assert front.on_front(better, [*rows, better]) and not any(front.on_front(row, [*rows, better]) for row in rows)
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -458,7 +458,7 @@ def line_picture(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], t
         axes.set(title=title, xlabel=across, ylabel=up)
         axes.xaxis.set_major_formatter(_percent_tick)
         axes.yaxis.set_major_formatter(_percent_tick)
-        axes.legend(loc="lower left", ncols=2)
+        axes.legend(loc="best", ncols=2)
 
     with _style():
         return standalone(_draw(WIDE, title, paint))
