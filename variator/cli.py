@@ -494,18 +494,27 @@ def evaluate(
     precision: PrecisionOption = None,
     threads: ThreadsOption = 0,
     kind: TaskOption = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the scores into the files of --plugin; for a checkpoint.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score a bundle's engine, or a checkpoint in PyTorch, on a task's development split."""
-    from variator.bench.evaluate import EvalSettings, as_rows
+    from variator.bench.evaluate import EvalSettings, as_rows, record_scores
     from variator.bench.evaluate import evaluate as verb
     from variator.tasks.catalogue import task_named
     from variator.tasks.read import read_split
 
+    if record and (plugin is None or (Path(place) / "manifest.json").exists()):
+        raise InputError(
+            "--record is for plugin files of a checkpoint", fix="variator eval MODEL --plugin DIR --record"
+        )
     split = read_split(task_named(task), "dev", data)
     with stages() as on_stage:
         settings = EvalSettings(keys(ratio), plugin, engine, precision, threads, kind)
         found = verb(place, split, settings, on_stage)
+    if record and plugin is not None:
+        record_scores(found, plugin)
     if as_json:
         _print_json([asdict(one) for one in found])
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from variator.exporters.export import ExportSettings, export
 from variator.tasks.catalogue import TASKS
 from variator.tasks.read import read_split
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin_file import save_plugin
+from variator.toolkit.plugin_file import load_plugin, save_plugin
 from variator.toolkit.plugin_format import PluginConfig
 from variator.training.finetune import FinetuneSettings, finetune
 from variator.training.labelled import Labelled, TaskJudge, adaptation, development
@@ -78,6 +80,26 @@ def test_adaptation_lowers_the_loss_and_keeps_the_best(
     assert sorted(scores) == [20, 40] and all(entry.get("metric", judge.metric) == judge.metric for entry in log)
     found = evaluate(tuned.get(task, checkpoint), read_split(TASKS[task], "dev", data), EvalSettings((2, 4), tmp_path))
     assert found[2].scores[TASKS[task].metrics[0]] == pytest.approx(max(scores.values()), abs=0.02)  # fp16 in the file
+
+
+def test_scores_are_recorded_in_the_plugin_files(checkpoint: Path, backbone: Backbone, tmp_path: Path) -> None:
+    write_tasks(tmp_path / "data", 20, 20)
+    plugin = lively(backbone, 2)
+    path = save_plugin(plugin, tmp_path / "plugins")
+    command = [sys.executable, "-m", "variator", "eval", str(checkpoint), "--task", "stsb", "--ratio", "2", "--record"]
+    command += ["--data", str(tmp_path / "data"), "--json"]
+    for _ in range(2):  # the second replaces the first
+        done = subprocess.run([*command, "--plugin", str(path.parent)], capture_output=True, text=True, check=True)
+    whole, two = json.loads(done.stdout)
+    (entry,) = load_plugin(path).training["scores"]
+    assert entry["split"] == two["split"] == "stsb dev (sample: 20 of 1,500)" and entry["precision"] == "fp32"
+    assert entry["value"] == pytest.approx(two["scores"], abs=1e-5)
+    assert entry["ratio_1"] == pytest.approx(whole["scores"], abs=1e-5)
+    assert load_plugin(path).digest == plugin.digest
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 1
+    save_plugin(replace(plugin, training={}), path.parent)
+    refused = subprocess.run([*command, "--plugin", str(path.parent)], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "never trained" in refused.stderr
 
 
 def test_a_bundle_and_its_checkpoint_score_alike(tuned: dict[str, Path], data: Path, tmp_path: Path) -> None:

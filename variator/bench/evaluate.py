@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from variator.errors import PluginError
 from variator.tasks.read import Split
 from variator.tasks.score import Scores, check_head, score
-from variator.toolkit.plugin_format import Key, in_order
+from variator.toolkit.plugin_file import find_plugin, load_named, save_plugin
+from variator.toolkit.plugin_format import Key, file_name, in_order
 from variator.toolkit.rows import Encode
 
 
@@ -128,7 +129,6 @@ def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
 
 def _checkpoint(model: str, settings: EvalSettings) -> Subject:
     from variator.toolkit.checkpoint import load_backbone
-    from variator.toolkit.plugin_file import find_plugin
     from variator.training.student import answering
 
     backbone = load_backbone(model, settings.kind)
@@ -142,6 +142,27 @@ def _checkpoint(model: str, settings: EvalSettings) -> Subject:
         encoders[ratio] = answering(backbone, plugin)
     tokenizer = backbone.tokenizer.backend_tokenizer
     return Subject(backbone.id, backbone.task, "torch", "fp32", tokenizer, backbone.max_length, encoders)
+
+
+def record_scores(found: Sequence[Evaluation], directory: Path) -> None:
+    """Write scores into the records of the plugin files that they are of; a newer score of the same split replaces one.
+
+    Args:
+        found: Of a checkpoint in PyTorch, with the plugins of `directory`.
+
+    Raises:
+        PluginError: If a plugin is missing or damaged; files are written one by one, each whole.
+    """
+    whole = found[0]
+    for one in found[1:]:
+        plugin = load_named(directory / file_name(one.ratio))
+        if plugin.untrained:
+            raise PluginError(f"{directory / file_name(one.ratio)} was never trained: its scores say nothing")
+        kept = [entry for entry in plugin.training.get("scores", []) if entry["split"] != one.split]
+        values = {name: round(value, 5) for name, value in one.scores.items()}
+        teacher = {name: round(value, 5) for name, value in whole.scores.items()}
+        entry = {"split": one.split, "value": values, "ratio_1": teacher, "precision": one.precision}
+        save_plugin(replace(plugin, training={**plugin.training, "scores": [*kept, entry]}), directory)
 
 
 def as_rows(found: Sequence[Evaluation]) -> list[list[str]]:
