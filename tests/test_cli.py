@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import lively
+from tests.tasks.toys import write_tasks
+from tests.toolkit.test_authors import released
 from variator.bench.record import Record
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
@@ -225,3 +228,19 @@ def test_the_help_keeps_its_lines() -> None:
     lines = [line.strip() for line in succeed("--help").splitlines()]
     for command in ("export", "build", "run", "bench", "train", "eval", "finetune"):
         assert any(line.startswith(f"variator {command}") for line in lines)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_hours_are_spent(checkpoint: Path, tmp_path: Path) -> None:
+    for option in ("--json", "--picture"):
+        done = variator("quality", checkpoint, "-o", tmp_path / "work", option, tmp_path / "none" / "file")
+        assert done.returncode == 1 and "mkdir -p" in done.stderr and not (tmp_path / "work").exists()
+
+
+def test_finetune_and_import_have_a_machine_readable_record(checkpoint: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path / "data", 20, 20)
+    torch.save(released(), tmp_path / "checkpoint.pkl")
+    found = json.loads(succeed("import", tmp_path / "checkpoint.pkl", "-o", tmp_path / "plugins", "--json"))
+    assert Path(found["file"]).exists() and found["plugin"] == {"ratio": 4, "rank": 64, "activation": "tanh"}
+    options = ("--task", "rte", "--data", tmp_path / "data", "--epochs", "0.5", "--json")
+    found = json.loads(succeed("finetune", checkpoint, "-o", tmp_path / "tuned", *options))
+    assert found["split"] == "rte train (sample: 20 of 2,490)" and found["settings"]["epochs"] == 0.5

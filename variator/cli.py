@@ -220,12 +220,7 @@ def bench(
     from variator.bench.run import bench as verb
     from variator.files import write_atomically
 
-    # Minutes of measuring must not be lost to a place that cannot be written or a library that is not there.
-    for path in (json_file, html):
-        if path and not path.absolute().parent.is_dir():
-            raise InputError(
-                f"there is no directory {path.parent} to write {path.name} in", fix=f"mkdir -p {path.parent}"
-            )
+    _check_places(json_file, html)
     if html:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -401,6 +396,7 @@ def finetune(
     batch: Annotated[int, typer.Option(help="Rows per step.", min=1)] = 32,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a backbone for a task with transformers' Trainer; an interrupted run goes on from its last epoch."""
     from variator.tasks.catalogue import task_named
@@ -412,6 +408,9 @@ def finetune(
     split = read_split(task_named(task), "train", data)
     with _step_bar(f"{split.label}") as on_step:
         verb(model, split, output, settings, on_step)
+    if as_json:
+        _print_json({"directory": str(output), "model": model, "split": split.label, "settings": asdict(settings)})
+        return
     Console().print(Text(f"in {output}; next: variator train {output} --task {task} --ratio 4 --from PLUGINS -o DIR"))
 
 
@@ -437,6 +436,7 @@ def quality(
     from variator.files import write_atomically
     from variator.tasks.catalogue import TASKS, task_named
 
+    _check_places(json_file, picture)
     settings = tasks.QualitySettings(
         output,
         tuple(task_named(one).name for one in task or TASKS),
@@ -464,6 +464,7 @@ def import_(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the plugin file.")],
     family: Annotated[str, typer.Option(help="Family of the backbone that it was trained for.")] = "t5",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plugin that is there.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Convert a plugin that the paper's authors released into a plugin file."""
     from variator.toolkit.authors import read_authors_checkpoint
@@ -475,6 +476,9 @@ def import_(
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already", fix="another -o, or --overwrite")
     save_plugin(plugin, output)
+    if as_json:
+        _print_json({"file": str(path), "plugin": plugin.config.header(), "parameters": plugin.parameters})
+        return
     sizes = (
         f"{plugin.layers} layers of {plugin.hidden_size}, rank {plugin.config.rank}, {plugin.parameters:,} parameters"
     )
@@ -617,6 +621,15 @@ def _show_bundle(path: Path) -> None:
         console.print(Text(f"engine {line}"))
 
 
+def _check_places(*paths: Path | None) -> None:
+    """Minutes or hours of measuring must not be lost to a place that cannot be written."""
+    for path in paths:
+        if path and not path.absolute().parent.is_dir():
+            raise InputError(
+                f"there is no directory {path.parent} to write {path.name} in", fix=f"mkdir -p {path.parent}"
+            )
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
@@ -643,7 +656,9 @@ def _show_error(error: BaseException) -> None:
     elif isinstance(error, KeyboardInterrupt):
         text = "interrupted"
     elif isinstance(error, ModuleNotFoundError):
-        text = f"{error.name} is not installed\nfix: pip install 'variator[all]' (parts: export, openvino, bench)"
+        text = (
+            f"{error.name} is not installed\nfix: pip install 'variator[all]' (parts: export, openvino, train, bench)"
+        )
     else:
         text = (
             f"unexpected {type(error).__name__}: {error}\nfix: run again with VARIATOR_DEBUG=1 and report the traceback"
