@@ -31,9 +31,10 @@ from variator.training.train import train
 
 STEPS = 400
 SEQUENCE = 128
+RANKS = {2: (32, 64, 128), 4: (32, 64, 128, 192), 8: (32, 64, 128, 192, 256), 16: (64, 128, 192, 256, 384)}
 GRID = [
-    *((ratio, 64, "tanh") for ratio in (2, 4, 8, 16)),
-    *((ratio, rank, "gelu") for ratio in (2, 4, 8, 16) for rank in (32, 64, 128, 192, 256)),
+    *((ratio, 64, "tanh") for ratio in RANKS),
+    *((ratio, rank, "gelu") for ratio, ranks in RANKS.items() for rank in ranks),
 ]
 
 
