@@ -18,8 +18,9 @@ from variator.toolkit.plugin_file import load_plugin
 from variator.toolkit.plugin_format import PluginConfig, SiteSize
 from variator.training.budget import cheapest, layer_flops, sensitivity, within_budget
 from variator.training.corpus import Corpus, read_corpus
+from variator.training.run import Progress
 from variator.training.settings import TrainSettings
-from variator.training.train import InterruptedTrainingError, Progress, train
+from variator.training.train import InterruptedTrainingError, train
 
 CONFIG = PluginConfig(2, 8, "gelu")
 

@@ -25,12 +25,12 @@ from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.rows import Encode
 from variator.training.batch import Batch
 from variator.training.corpus import Corpus, read_corpus
+from variator.training.run import Progress
 from variator.training.settings import TrainSettings
 from variator.training.state import LOG_FILE, STATE_FILE
 from variator.training.train import (
     DivergedError,
     InterruptedTrainingError,
-    Progress,
     interrupt_deferred,
     one_cycle,
     train,
@@ -250,6 +250,7 @@ from variator.toolkit.checkpoint import load_backbone
 from variator.toolkit.plugin_format import PluginConfig
 from variator.training import train as module
 from variator.training.corpus import read_corpus
+from variator.training.run import Progress
 from variator.training.settings import TrainSettings
 module.SAVE_EVERY_S = 0.0  # nearly any moment is in a save
 backbone, corpus = load_backbone(sys.argv[1]), read_corpus([pathlib.Path(sys.argv[2])])

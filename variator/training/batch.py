@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.rows import Row
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Rows as one int64 tensor [rows, longest], filled up with 0."""
     longest = max(map(len, rows))
     return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows])
+
+
+def batch_of(rows: Sequence[Row], token_types: bool, labels: Mapping[str, Tensor] | None = None) -> Batch:
+    """Tokenised rows as one batch.
+
+    Args:
+        token_types: Whether the model has them in use.
+        labels: As in `Batch`.
+    """
+    mask = padded([[1] * len(row.ids) for row in rows])
+    types = padded([row.types for row in rows]) if token_types else None
+    return Batch(padded([row.ids for row in rows]), mask, types, labels or {})
 
 
 def fitting(lengths: Iterable[int], tokens: int) -> int:

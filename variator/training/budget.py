@@ -28,8 +28,9 @@ from variator.toolkit.plugin_file import Plugin, load_plugin, save_plugin
 from variator.toolkit.plugin_format import LayerSites, PluginConfig, SiteSize, file_name, layer_operands, scheduled
 from variator.training.batch import Batch, Data
 from variator.training.objective import normalised_error
+from variator.training.run import Progress
 from variator.training.settings import TrainSettings
-from variator.training.train import Progress, train
+from variator.training.train import train
 
 CANDIDATES = (SiteSize(2, 64), SiteSize(4, 64), SiteSize(8, 64), SiteSize(16, 64), SiteSize(8, 192), SiteSize(16, 192))
 BATCHES = 8

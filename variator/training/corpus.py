@@ -18,7 +18,8 @@ from typing import Any
 from variator.errors import CorpusError
 from variator.files import sha256_of
 from variator.toolkit.checkpoint import Backbone
-from variator.training.batch import Batch, fitting, padded
+from variator.toolkit.rows import Row
+from variator.training.batch import Batch, batch_of, fitting
 
 TEXT_FIELDS = (
     "text", "sentence", "sentence1", "sentence2", "question", "question1", "question2",
@@ -66,7 +67,7 @@ class Corpus:
         limit = min(LONGEST_SPAN, backbone.max_length)
         rows = backbone.tokenizer(drawn, truncation=True, max_length=limit, padding=False)["input_ids"]
         rows = rows[: fitting(map(len, rows), tokens)]
-        return Batch(padded(rows), padded([[1] * len(row) for row in rows]))
+        return batch_of([Row(row, [0] * len(row)) for row in rows], token_types=False)
 
     def record(self) -> list[dict[str, Any]]:
         """What a plugin's training record says about its data."""

@@ -18,7 +18,7 @@ from variator.tasks.squad import windows
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.heads import ClassifyHead
 from variator.toolkit.rows import Encode, Row
-from variator.training.batch import Batch, fitting, padded
+from variator.training.batch import Batch, batch_of, fitting
 from variator.training.student import tokenise
 
 
@@ -77,8 +77,7 @@ def together(chosen: Sequence[Item], token_types: bool) -> Batch:
     """Items as one batch: first rows first, then second rows where there are two."""
     rows = [item.rows[side] for side in range(len(chosen[0].rows)) for item in chosen]
     labels = {name: torch.tensor([item.labels[name] for item in chosen]) for name in chosen[0].labels}
-    types = padded([row.types for row in rows]) if token_types else None
-    return Batch(padded([row.ids for row in rows]), padded([[1] * len(row.ids) for row in rows]), types, labels)
+    return batch_of(rows, token_types, labels)
 
 
 def check_backbone(split: Split, backbone: Backbone) -> None:

@@ -131,10 +131,3 @@ def _fill(state: State, saved: dict[str, Any], tensor_of: Callable[[str], Tensor
     for ratio, (score, step) in saved["best"].items():
         kept = {name: tensor_of(f"{ratio}/best/{name}") for name in state.tensors[parse_key(ratio)]}
         state.best[parse_key(ratio)] = Best(score, step, kept)
-
-
-def log(directory: Path, state: State, entry: dict[str, Any]) -> None:
-    """Append a line to the log, and to the history that a resumed run restores it from."""
-    state.history.append(entry)
-    with (directory / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")

@@ -13,7 +13,7 @@ from variator.toolkit.plugin import compression
 from variator.toolkit.plugin_file import Plugin
 from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.rows import Encode, Input, Outputs, Row, place
-from variator.training.batch import fitting, padded
+from variator.training.batch import batch_of, fitting
 
 TOKENS_PER_RUN = 8192
 
@@ -34,11 +34,9 @@ def student(
     plugin = None if config is None else compression(config, tensors)
 
     def run(rows: Sequence[Row]) -> dict[str, Tensor]:
-        ids, mask = padded([row.ids for row in rows]), padded([[1] * len(row.ids) for row in rows])
-        types = padded([row.types for row in rows]) if backbone.token_types else None
-        ids, mask = ids.to(device), mask.to(device)
-        hidden = model.encoder(ids, mask, types if types is None else types.to(device), plugin)
-        return dict(zip(OUTPUTS[backbone.task], model.head(hidden, mask.float()), strict=True))
+        batch = batch_of(rows, backbone.token_types).to(device)
+        hidden = model.encoder(batch.ids, batch.mask, batch.types, plugin)
+        return dict(zip(OUTPUTS[backbone.task], model.head(hidden, batch.mask.float()), strict=True))
 
     def encode(inputs: Sequence[Input]) -> Outputs:
         rows = tokenise(backbone, inputs)

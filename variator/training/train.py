@@ -12,29 +12,28 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from variator.errors import InputError, VariatorError
-from variator.files import disk_errors, sha256_of_json
+from variator.files import sha256_of_json
 from variator.toolkit.checkpoint import Backbone, Model
 from variator.toolkit.encoder import Linear
 from variator.toolkit.plugin import initial_tensors
 from variator.toolkit.plugin_file import Plugin, save_plugin
-from variator.toolkit.plugin_format import Key, PluginConfig, file_name, parse_key
-from variator.toolkit.rows import Encode
-from variator.training.batch import Batch, Data
+from variator.toolkit.plugin_format import Key, file_name
+from variator.training.batch import Data
 from variator.training.distil import distil_step
+from variator.training.journal import Summary, last_scores, note, plugin_of, summarise, write_line
 from variator.training.local import local_step
 from variator.training.objective import Losses
 from variator.training.processes import Processes, average_gradients, sharding_asked_for
+from variator.training.run import Judge, Progress, Run, Stage
 from variator.training.settings import TrainSettings
 from variator.training.state import (
     LOG_FILE,
@@ -42,51 +41,12 @@ from variator.training.state import (
     Best,
     State,
     load_state,
-    log,
     new_optimizer,
     save_state,
 )
 from variator.training.student import student
 
 SAVE_EVERY_S = 60.0
-LOG_EVERY = 10
-"""Steps."""
-
-
-class Judge(Protocol):
-    """A development set."""
-
-    metric: str
-    """Name of the metric and the split."""
-
-    origin: tuple[str, ...]
-    """Where the split is from, with hashes."""
-
-    def __call__(self, encode: Encode) -> float:
-        """The score of whatever answers its inputs; higher is better."""
-        ...
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: its name, and the step that leaves gradients in the tensors."""
-
-    name: str
-    steps: int
-    rate: float
-    step: Callable[[Mapping[Key, Mapping[str, Tensor]], Batch], dict[Key, Losses]]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a progress callback sees after each step: the loss by ratio, and the last scores by ratio."""
-
-    stage: str
-    step: int
-    steps: int
-    loss: dict[Key, float]
-    scores: dict[Key, float]
-    tokens_per_s: float
 
 
 class InterruptedTrainingError(VariatorError):
@@ -95,23 +55,6 @@ class InterruptedTrainingError(VariatorError):
 
 class DivergedError(VariatorError):
     """A loss or gradient that is not finite; what was saved before is still there."""
-
-
-@dataclass
-class Run:
-    """One run in one process: what stays the same from step to step."""
-
-    backbone: Backbone
-    data: Data
-    settings: TrainSettings
-    directory: Path
-    judge: Judge | None
-    start: Sequence[Plugin]
-    processes: Processes
-    bf16: bool
-    model: Model
-    stages: Sequence[Stage]
-    key: str
 
 
 def train(
@@ -165,7 +108,7 @@ def train(
                 + (f"the state is saved in {directory}" if state.step or state.stage else "there was nothing to save"),
                 fix="run the same command again to go on (without --overwrite)",
             ) from interrupt
-    plugins = [_finished(run, state, config) for config in settings.plugins]
+    plugins = [plugin_of(run, state, config) for config in settings.plugins]
     if run.processes.main:
         for plugin in plugins:
             save_plugin(plugin, directory)
@@ -250,7 +193,7 @@ def _step(run: Run, stage: Stage, state: State) -> Progress:
     rate = one_cycle(state.step, stage.steps, stage.rate, settings.warmup)
     summaries: dict[Key, Summary] = {}
     for ratio, tensors in state.tensors.items():
-        summaries[ratio] = _summary(processes, [losses[ratio] for losses in found])
+        summaries[ratio] = summarise(processes, [losses[ratio] for losses in found])
         average_gradients(processes, tensors.values(), 1 / settings.accumulate)
         norm = torch.nn.utils.clip_grad_norm_(tensors.values(), settings.clip)
         _check_finite(run, stage, state.step, ratio, summaries[ratio], float(norm))
@@ -260,27 +203,9 @@ def _step(run: Run, stage: Stage, state: State) -> Progress:
         _smooth(state, ratio, summaries[ratio].layers)
     state.step += 1
     speed = processes.count * tokens / (time.perf_counter() - started)
-    _note(run, stage, state, summaries, rate, speed)
+    note(run, stage, state, summaries, rate, speed)
     losses = {ratio: summary.total for ratio, summary in summaries.items()}
-    return Progress(stage.name, state.step, stage.steps, losses, _last_scores(state), speed)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A step's `Losses` as numbers, mean over batches and processes."""
-
-    total: float
-    layers: list[float]
-    terms: dict[str, float]
-
-
-def _summary(processes: Processes, found: Sequence[Losses]) -> Summary:
-    def flat(losses: Losses) -> Tensor:
-        return torch.cat([losses.total.reshape(1), losses.layers, *(t.reshape(1) for t in losses.terms.values())])
-
-    total, *rest = processes.mean(torch.stack([flat(losses) for losses in found]).mean(dim=0)).tolist()
-    layers = len(found[0].layers)
-    return Summary(total, rest[:layers], dict(zip(found[0].terms, rest[layers:], strict=True)))
+    return Progress(stage.name, state.step, stage.steps, losses, last_scores(state), speed)
 
 
 def _check_finite(run: Run, stage: Stage, step: int, ratio: Key, summary: Summary, norm: float) -> None:
@@ -301,23 +226,6 @@ def _check_finite(run: Run, stage: Stage, step: int, ratio: Key, summary: Summar
 def _smooth(state: State, ratio: Key, errors: Sequence[float]) -> None:
     before = state.layer_errors.get(ratio, errors)
     state.layer_errors[ratio] = [0.98 * old + 0.02 * new for old, new in zip(before, errors, strict=True)]
-
-
-def _note(run: Run, stage: Stage, state: State, summaries: Mapping[Key, Summary], rate: float, speed: float) -> None:
-    if not run.processes.main or (state.step % LOG_EVERY and state.step not in (1, stage.steps)):
-        return
-    loss = {}
-    for ratio, summary in summaries.items():
-        parts = {"total": summary.total, "hidden": sum(summary.layers) / len(summary.layers), **summary.terms}
-        loss[str(ratio)] = {name: float(f"{value:.5g}") for name, value in parts.items()}
-    entry = {"stage": stage.name, "step": state.step, "loss": loss, "rate": rate, "tokens_per_s": round(speed)}
-    _log(run, state, entry)
-
-
-def _log(run: Run, state: State, entry: dict[str, Any]) -> None:
-    run.directory.mkdir(parents=True, exist_ok=True)
-    with disk_errors(run.directory / LOG_FILE):
-        log(run.directory, state, entry)
 
 
 def _score(run: Run, state: State) -> None:
@@ -341,12 +249,7 @@ def _score(run: Run, state: State) -> None:
     if run.processes.main:
         shown = {str(key): score if math.isfinite(score) else None for key, score in scores.items()}
         entry = {"stage": run.stages[last].name, "step": state.step, "metric": run.judge.metric, "score": shown}
-        _log(run, state, entry)
-
-
-def _last_scores(state: State) -> dict[Key, float]:
-    last: dict[str, float] = next((entry["score"] for entry in reversed(state.history) if "score" in entry), {})
-    return {parse_key(ratio): score for ratio, score in last.items() if score is not None}
+        write_line(run, state, entry)
 
 
 @contextmanager
@@ -412,41 +315,3 @@ def _new_state(run: Run) -> State:
 def _save(run: Run, state: State) -> None:
     if run.processes.main:
         save_state(state, run.directory, run.key)
-
-
-def _finished(run: Run, state: State, config: PluginConfig) -> Plugin:
-    settings, ratio = run.settings, config.key
-    best = state.best.get(ratio)
-    record: dict[str, Any] = {
-        "stages": [{"name": s.name, "steps": s.steps, "learning_rate": s.rate} for s in run.stages],
-        "backbone": run.backbone.id,
-        "data": run.data.record(),
-        "tokens_per_step": settings.tokens * settings.accumulate * run.processes.count,
-        "weights": asdict(settings.weights),
-        "seed": settings.seed,
-        "device": run.processes.device.type,
-        "precision": "bf16" if run.bf16 else "fp32",
-        "torch": torch.__version__,
-        "layer_errors": [round(error, 5) for error in state.layer_errors[ratio]],
-        "losses": _curve(state, ratio),
-    }
-    if run.start:
-        record["from"] = next({"sha256": p.digest, **p.training} for p in run.start if p.config == config)
-        record["from"].pop("losses", None)
-    if best is not None and run.judge:
-        scores = [[entry["step"], entry["score"][str(ratio)]] for entry in state.history if "score" in entry]
-        value = best.score if math.isfinite(best.score) else None
-        record["score"] = {"metric": run.judge.metric, "value": value, "step": best.step, "all": scores}
-    values = best.tensors if best is not None else state.tensors[ratio]
-    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
-    sizes = run.backbone.config
-    return Plugin(
-        config, tensors, run.backbone.family, sizes.layers, sizes.hidden_size, run.backbone.fingerprint, record
-    )
-
-
-def _curve(state: State, ratio: Key, most: int = 60) -> list[list[Any]]:
-    """The loss of the hidden states over the run: [stage, step, mean over layers], thinned."""
-    entries = [entry for entry in state.history if "loss" in entry]
-    chosen = entries[:: max(1, len(entries) // most)]
-    return [[entry["stage"], entry["step"], entry["loss"][str(ratio)]["hidden"]] for entry in chosen]
