@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def summarise(processes: Processes, found: Sequence[Losses]) -> Summary:
 
 
 def note(run: Run, stage: Stage, state: State, summaries: Mapping[Key, Summary], rate: float, speed: float) -> None:
-    """Log a step, every tenth of them.
+    """Log a step, every tenth of them, with the memory that the process holds.
 
     Args:
         rate: Learning rate.
@@ -56,8 +57,9 @@ def note(run: Run, stage: Stage, state: State, summaries: Mapping[Key, Summary],
     for ratio, summary in summaries.items():
         parts = {"total": summary.total, "hidden": sum(summary.layers) / len(summary.layers), **summary.terms}
         loss[str(ratio)] = {name: float(f"{value:.5g}") for name, value in parts.items()}
-    entry = {"stage": stage.name, "step": state.step, "loss": loss, "rate": rate, "tokens_per_s": round(speed)}
-    write_line(run, state, entry)
+    memory = round(psutil.Process().memory_info().rss / 1e6)
+    speeds = {"rate": rate, "tokens_per_s": round(speed), "memory_mb": memory}
+    write_line(run, state, {"stage": stage.name, "step": state.step, "loss": loss, **speeds})
 
 
 def write_line(run: Run, state: State, entry: dict[str, Any]) -> None:
