@@ -41,7 +41,7 @@ def test_the_front_has_a_row_per_setting(checkpoint: Path, tmp_path: Path, monke
     grid = [(2, 4, "gelu"), (4, 4, "gelu"), (4, 8, "gelu"), (4, 8, "tanh")]
     monkeypatch.setattr(front, "GRID", grid)
     (tmp_path / "corpus.txt").write_text("\n".join(f"w{i} a b w{i % 7} c" for i in range(200)))
-    record = front.measure(str(checkpoint), [tmp_path / "corpus.txt"], 3)
+    record = front.measure(str(checkpoint), "toy", [tmp_path / "corpus.txt"], 3)
     rows = record["rows"]
     assert [(row["ratio"], row["rank"], row["activation"]) for row in rows] == grid
     left = [row["ffn_flops_left"] for row in rows]
@@ -51,6 +51,12 @@ def test_the_front_has_a_row_per_setting(checkpoint: Path, tmp_path: Path, monke
     assert "rank 8, tanh" in front.picture(record)
     better = {"ffn_flops_left": 0.1, "error": 0.0}
     assert front.on_front(better, [*rows, better]) and not any(front.on_front(row, [*rows, better]) for row in rows)
+
+
+def test_the_front_in_the_docs_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "results" / "front.json").read_text(encoding="utf-8"))
+    assert front.table(record) in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert record["model"] in (ROOT / "docs" / "front.svg").read_text(encoding="utf-8")
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:

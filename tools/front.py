@@ -1,6 +1,6 @@
 """Map what ratio, rank and activation cost and keep: error of the layer-local stage over the FLOPs left of the FFN.
 
-    python tools/front.py MODEL OUT.json CORPUS ...
+    python tools/front.py MODEL NAME OUT.json CORPUS ...
     python tools/front.py picture OUT.json PICTURE.svg
     python tools/front.py table OUT.json
 
@@ -38,9 +38,9 @@ GRID = [
 ]
 
 
-def measure(model: str, corpora: list[Path], steps: int = STEPS) -> dict[str, Any]:
-    """The record: a row per setting."""
-    backbone, corpus = load_backbone(model), read_corpus(corpora)
+def measure(model: str, name: str, corpora: list[Path], steps: int = STEPS) -> dict[str, Any]:
+    """The record of a model that is called `name`: a row per setting."""
+    backbone, corpus = load_backbone(model, None, name), read_corpus(corpora)
     configs = tuple(PluginConfig(k, rank, kind, name=f"front-{kind}-{k}-{rank}") for k, rank, kind in GRID)
     with tempfile.TemporaryDirectory() as place:
         plugins = train(backbone, corpus, TrainSettings(configs, local_steps=steps, steps=0), Path(place))
@@ -114,5 +114,5 @@ if __name__ == "__main__":
     elif sys.argv[1] == "picture":
         write_atomically(Path(sys.argv[3]), picture(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))))
     else:
-        found = measure(sys.argv[1], [Path(name) for name in sys.argv[3:]])
-        write_atomically(Path(sys.argv[2]), json.dumps(found, indent=1) + "\n")
+        found = measure(sys.argv[1], sys.argv[2], [Path(name) for name in sys.argv[4:]])
+        write_atomically(Path(sys.argv[3]), json.dumps(found, indent=1) + "\n")
