@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from variator.bench.plots import line_picture
+from variator.bench.drawing import line_picture
 from variator.bench.record import this_machine
-from variator.bench.table import markdown_table
+from variator.bench.wording import markdown_table
 from variator.files import write_atomically
 from variator.toolkit.checkpoint import load_backbone
 from variator.toolkit.plugin_format import PluginConfig, SiteSize

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.bench.records import make_record, make_result, unstable, untrain
-from variator.bench import plots, report, table
+from variator.bench import drawing, plots, report, table, wording
 from variator.bench.plots import Point
 from variator.bench.record import Quality, Record
 from variator.errors import VariatorError
@@ -101,7 +101,7 @@ def test_a_full_record_has_every_plot_and_table(full_page: str) -> None:
 
 def test_drawings_follow_the_colour_scheme(full_page: str) -> None:
     assert "prefers-color-scheme: dark" in full_page
-    for placeholder, variable in plots.VARIABLES.items():
+    for placeholder, variable in drawing.VARIABLES.items():
         assert placeholder not in full_page and (variable in full_page)
 
 
@@ -135,7 +135,7 @@ def test_the_finding_states_what_the_record_holds() -> None:
         Quality(8, "openvino", "bf16", "spearman", "dev", 0.7, 0.8),
     ]
     text = report.finding(make_record(results=rows, quality=quality))
-    factor = table.times(2.5)
+    factor = wording.times(2.5)
     assert f"ratio 4 in openvino bf16 answers {factor} as many sequences per second" in text
     assert "as the fastest peer, stock int8." in text
     assert "costs 1.0 % of the spearman score (0.7920 against 0.8000, dev)" in text

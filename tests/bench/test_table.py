@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.bench.records import make_record, make_result, unstable, untrain
-from variator.bench import table
+from variator.bench import table, wording
 from variator.bench.record import Memory, Quality, Record
 
 EMPTY: dict[str, Any] = {"results": [], "quality": [], "flops": [], "memory": [], "plugins": [], "disk": {}}
@@ -54,7 +54,7 @@ def test_speed_is_compared_with_the_fastest_peer_of_the_same_shape() -> None:
         make_result("peer:elsewhere", "int8", 1, 9.0, sequence=64),
     ]
     found = grid(make_record(results=rows), "Latency, batch 8 of 128")
-    assert found.rows[0].cells[6] == table.times(2.0)
+    assert found.rows[0].cells[6] == wording.times(2.0)
     assert found.note == "Peer to beat: fast int8."
 
 
@@ -143,7 +143,7 @@ def test_latency_fits_eighty_columns() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_figure_that_is_not_finite_is_a_dash(value: float) -> None:
-    assert [table.decimal(value, 2), table.percent(value), table.times(value)] == ["-"] * 3
+    assert [wording.decimal(value, 2), wording.percent(value), wording.times(value)] == ["-"] * 3
 
 
 def test_a_record_survives_json() -> None:

@@ -1,37 +1,35 @@
-"""The plots of a benchmark record, as inline SVG drawn by matplotlib (imported only when a report is written).
-
-One drawing follows the reader's light or dark scheme: its colours are placeholders that become CSS variables.
-"""
+"""The plots of a benchmark record, as inline SVG for `bench.report`."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from variator.bench import table
+from variator.bench import table, wording
+from variator.bench.drawing import (
+    INK,
+    MARKERS,
+    MUTED,
+    NARROW,
+    PAPER,
+    SERIES,
+    WIDE,
+    draw,
+    percent_tick,
+    standalone,
+    style,
+)
 from variator.bench.record import PEER, Record, Result
 from variator.toolkit.plugin_format import in_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-WIDE, NARROW = (9.4, 4.6), (5.0, 3.7)
 MOST_FILES = 10
 LONGEST_LABEL = 38
-
-# Placeholders that become CSS variables, so that one drawing follows the reader's light or dark scheme.
-INK, MUTED, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
-VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
-# Mid-tones: at least 3:1 on white and on the dark background.
-SERIES = ("#3a82c8", "#cf7426", "#2c9a72", "#a06ac6", "#cc5562", "#8a7d4f", "#3796a6", "#7c8591")
-MARKERS = "osD^vPX*"
 
 Box = tuple[float, float, float, float]
 
@@ -84,68 +82,14 @@ def quality_points(record: Record) -> list[Point]:
 
 
 def series_of(row: Result) -> str:
-    return table.clean(f"{row.engine.removeprefix(PEER)} {row.precision}")
+    return wording.clean(f"{row.engine.removeprefix(PEER)} {row.precision}")
 
 
 def plots(record: Record) -> list[Plot]:
     """Every plot that the record has data for."""
     painters = (_quality_plot, _speedup_plot, _flops_plot, _length_plot, _training_plot, _size_plot)
-    with _style():
+    with style():
         return [plot for painter in painters if (plot := painter(record))]
-
-
-def _style() -> AbstractContextManager[None]:
-    """The house style, while the block runs."""
-    import matplotlib
-
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": "variator",  # ids must not change from run to run
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": LINE,
-        "xtick.color": LINE,
-        "ytick.color": LINE,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "grid.color": LINE,
-        "grid.linewidth": 0.7,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "lines.markersize": 6.5,
-    }
-    style: AbstractContextManager[None] = matplotlib.rc_context(settings)
-    return style
-
-
-def _draw(size: tuple[float, float], title: str, paint: Callable[[Axes], None]) -> str:
-    """One SVG element; `title` is what a screen reader says, and keeps the ids of several drawings apart."""
-    from markupsafe import escape
-    from matplotlib.figure import Figure
-
-    figure: Figure = Figure(figsize=size, layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    paint(axes)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = stream.getvalue()
-    needless = r'<metadata>.*?</metadata>|<!--.*?-->|\sxmlns(:\w+)?="[^"]*"'  # an HTML parser knows the namespaces
-    text = re.sub(needless, "", text[text.index("<svg") :], flags=re.DOTALL)
-    slug = re.sub(r"[^a-z0-9]+", "-", title.lower())
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{slug}-", text)
-    for placeholder, variable in VARIABLES.items():
-        text = text.replace(placeholder, variable)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
 
 
 def _speedup_plot(record: Record) -> Plot | None:
@@ -184,11 +128,11 @@ def _speedup_plot(record: Record) -> Plot | None:
             line = sorted((row for row in group if row in main), key=lambda row: row.flops_saved)
             _curve(axes, line, [row.flops_saved for row in line], [row.speedup for row in line], index, _short(label))
         axes.set(xlabel="FLOPs saved", ylabel="speed-up over ratio 1")
-        axes.xaxis.set_major_formatter(_percent_tick)
+        axes.xaxis.set_major_formatter(percent_tick)
         axes.legend(loc="upper left")
 
     note = f"Lines: {table.tokens(shape)} tokens; small marks: other shapes. Ideal: 1 / (1 - FLOPs saved)."
-    return Plot("Speed-up against FLOPs saved", note, [_draw(NARROW, "Speed-up against FLOPs saved", paint)])
+    return Plot("Speed-up against FLOPs saved", note, [draw(NARROW, "Speed-up against FLOPs saved", paint)])
 
 
 def _length_plot(record: Record) -> Plot | None:
@@ -230,7 +174,7 @@ def _length_panel(record: Record, title: str, rows: list[Result]) -> str:
         axes.minorticks_off()
         axes.legend(loc="upper left")
 
-    return _draw(NARROW, f"Latency against sequence length: {title}", paint)
+    return draw(NARROW, f"Latency against sequence length: {title}", paint)
 
 
 def _quality_plot(record: Record) -> Plot | None:
@@ -266,14 +210,14 @@ def _quality_plot(record: Record) -> Plot | None:
                     color=[colour if point.stable else PAPER for point in group],
                 )
         axes.set_xlabel(f"sequences per second at {shape} tokens")
-        axes.set_ylabel(_short(table.clean(f"{score.metric}, {score.split}")))
+        axes.set_ylabel(_short(wording.clean(f"{score.metric}, {score.split}")))
         axes.margins(0.1, 0.14)
         axes.legend(loc="upper right", ncols=3, bbox_to_anchor=(1, 1.1))
         _label(axes, points, front)
 
-    title = table.marked(record, f"Quality against speed ({table.clean(score.metric)})")
+    title = table.marked(record, f"Quality against speed ({wording.clean(score.metric)})")
     note = "Up and to the right is better. The step line joins the configurations that no other one beats in both."
-    return Plot(title, note, [_draw(WIDE, title, paint)], True)
+    return Plot(title, note, [draw(WIDE, title, paint)], True)
 
 
 def _label(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
@@ -324,7 +268,7 @@ def _flops_plot(record: Record) -> Plot | None:
             axes.barh([f"k={row.ratio}" for row in rows], widths, 0.62, left, color=SERIES[index], label=label)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         for position, row in enumerate(rows):
-            text = f"{table.percent(row.saved, 0)} saved" if row.saved else ""
+            text = f"{wording.percent(row.saved, 0)} saved" if row.saved else ""
             axes.annotate(
                 text,
                 (left[position], position),
@@ -335,12 +279,12 @@ def _flops_plot(record: Record) -> Plot | None:
                 color=MUTED,
             )
         axes.set(xlabel="share of the largest total", xlim=(0, 1.02))
-        axes.xaxis.set_major_formatter(_percent_tick)
+        axes.xaxis.set_major_formatter(percent_tick)
         axes.grid(False, axis="y")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, handlelength=1, columnspacing=1.2)
 
     note = f"{table.tokens(shape)} tokens, counted from the exported graphs."
-    return Plot("Where the FLOPs go", note, [_draw(NARROW, "FLOPs per ratio", paint)])
+    return Plot("Where the FLOPs go", note, [draw(NARROW, "FLOPs per ratio", paint)])
 
 
 def _size_plot(record: Record) -> Plot | None:
@@ -358,7 +302,7 @@ def _size_plot(record: Record) -> Plot | None:
         files: list[tuple[str, float]] = sorted(record.disk.items(), key=lambda item: -item[1])
         rest = files[MOST_FILES:]
         if rest:
-            files[MOST_FILES:] = [(table.count(len(rest), "further file"), sum(number for _, number in rest))]
+            files[MOST_FILES:] = [(wording.count(len(rest), "further file"), sum(number for _, number in rest))]
         drawings.append(_bars("Disk", files))
     return Plot("Memory and disk", "Memory is proportional set size.", drawings, True) if drawings else None
 
@@ -368,7 +312,7 @@ def _bars(title: str, values: Sequence[tuple[str, float]]) -> str:
         axes.barh(range(len(values)), [number / 1e6 for _, number in values], 0.62, color=SERIES[0])
         for position, (_, number) in enumerate(values):
             axes.annotate(
-                table.size(number),
+                wording.size(number),
                 (max(number, 0) / 1e6, position),
                 (5, 0),
                 va="center",
@@ -377,12 +321,12 @@ def _bars(title: str, values: Sequence[tuple[str, float]]) -> str:
                 color=MUTED,
             )
         axes.set(xlabel="MB", title=title)
-        axes.set_yticks(range(len(values)), [_short(table.clean(label)) for label, _ in values])
+        axes.set_yticks(range(len(values)), [_short(wording.clean(label)) for label, _ in values])
         axes.invert_yaxis()
         axes.margins(x=0.18)
         axes.grid(False, axis="y")
 
-    return _draw((NARROW[0], 1.3 + 0.34 * len(values)), title, paint)
+    return draw((NARROW[0], 1.3 + 0.34 * len(values)), title, paint)
 
 
 def _training_plot(record: Record) -> Plot | None:
@@ -402,13 +346,13 @@ def _training_plot(record: Record) -> Plot | None:
                 steps = [step for at, step, _ in points if at == stage]
                 losses = [loss for at, _, loss in points if at == stage]
                 axes.plot(steps, losses, color=SERIES[index % len(SERIES)], linewidth=1.2, label=f"k={ratio}")
-            axes.set(title=table.clean(stage), xlabel="step", ylabel="error of the hidden states", yscale="log")
+            axes.set(title=wording.clean(stage), xlabel="step", ylabel="error of the hidden states", yscale="log")
             axes.legend(loc="upper right")
 
         return paint
 
     note = "Mean over layers of the squared error over the teacher's variance, single steps of a noisy curve."
-    drawings = [_draw(NARROW, f"Loss of the {stage} stage", panel(stage)) for stage in stages]
+    drawings = [draw(NARROW, f"Loss of the {stage} stage", panel(stage)) for stage in stages]
     return Plot("How the plugins were trained", note, drawings, True)
 
 
@@ -437,41 +381,6 @@ def _byseries_of(rows: Iterable[Result]) -> dict[str, list[Result]]:
 def _short(text: str) -> str:
     """A label that leaves room for the drawing."""
     return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 11]}\N{HORIZONTAL ELLIPSIS}{text[-10:]}"
-
-
-def _percent_tick(value: float, _: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def line_picture(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, across: str, up: str) -> str:
-    """Lines of shares over shares as an SVG file of its own.
-
-    Args:
-        lines: Label -> x and y, each from 0 to 1.
-        title, across, up: What is drawn, and over what.
-    """
-
-    def paint(axes: Axes) -> None:
-        for index, (label, (x, y)) in enumerate(lines.items()):
-            colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
-            axes.plot(x, y, color=colour, marker=marker, linewidth=1.4, label=label)
-        axes.set(title=title, xlabel=across, ylabel=up)
-        axes.xaxis.set_major_formatter(_percent_tick)
-        axes.yaxis.set_major_formatter(_percent_tick)
-        axes.legend(loc="best", ncols=2)
-
-    with _style():
-        return standalone(_draw(WIDE, title, paint))
-
-
-def standalone(drawing: str) -> str:
-    """A drawing as an SVG file of its own, in the light scheme on white."""
-    scheme = {"var(--ink)": "#1d2329", "var(--muted)": "#5c6670", "var(--line)": "#d8dde2", "var(--paper)": "#fff"}
-    for variable, colour in scheme.items():
-        drawing = drawing.replace(variable, colour)
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    drawing = drawing.replace("<svg", f"<svg {names}", 1)
-    return drawing.replace(">", '><rect width="100%" height="100%" fill="#fff"/>', 1) + "\n"
 
 
 if __name__ == "__main__":  # python -m variator.bench.plots RECORD.json PICTURE.svg: the picture of the README

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from variator.bench import table
+from variator.bench import table, wording
 from variator.bench.plots import plots, series_of
 from variator.bench.record import Record, Result
 from variator.files import write_atomically
@@ -41,7 +41,7 @@ def html(record: Record) -> str:
         plots=plots(record),
         grids=table.grids(record),
         absent=table.not_measured(record),
-        clean=table.clean,
+        clean=wording.clean,
     )
 
 
@@ -59,10 +59,10 @@ def finding(record: Record) -> str:
     peer = table.peer_to_beat(record, shape)
     ours = f"At {table.tokens(shape)} tokens, ratio {best.ratio} in {series_of(best)}"
     if peer:
-        factor = table.times(best.throughput_per_s / peer.throughput_per_s if peer.throughput_per_s else float("nan"))
+        factor = wording.times(best.throughput_per_s / peer.throughput_per_s if peer.throughput_per_s else float("nan"))
         text = f"{ours} answers {factor} as many sequences per second as the fastest peer, {series_of(peer)}"
     else:
-        text = f"{ours} runs {table.times(best.speedup)} as fast as ratio 1 of the same engine (no peer was measured)"
+        text = f"{ours} runs {wording.times(best.speedup)} as fast as ratio 1 of the same engine (no peer was measured)"
     if not (best.stable and (peer is None or peer.stable)):
         text += "; these timings are unstable"
     return f"{text}. {_cost(record, best, peer)}"
@@ -87,7 +87,7 @@ def caveats(record: Record) -> list[str]:
         found.append("Toy model with random weights: only the timings and FLOPs mean anything.")
     shaky = sum(not row.stable for row in record.results)
     if shaky:
-        total = table.count(len(record.results), "timing")
+        total = wording.count(len(record.results), "timing")
         found.append(f"{shaky} of {total} unstable: marked in the tables, drawn hollow in the plots.")
     return found
 
@@ -106,12 +106,13 @@ def _cost(record: Record, best: Result, peer: Result | None) -> str:
     if score is None:
         return "Its quality was not measured."
     drop = table.relative_drop(score)
-    change = f"{'costs' if drop >= 0 else 'gains'} {table.percent(abs(drop))} of" if math.isfinite(drop) else "has"
-    values = f"{table.decimal(score.value, 4)} against {table.decimal(score.reference, 4)}, {table.clean(score.split)}"
+    change = f"{'costs' if drop >= 0 else 'gains'} {wording.percent(abs(drop))} of" if math.isfinite(drop) else "has"
+    ours, reference = wording.decimal(score.value, 4), wording.decimal(score.reference, 4)
+    values = f"{ours} against {reference}, {wording.clean(score.split)}"
     if peer and table.key(peer) in scores:
-        values += f"; the peer has {table.decimal(scores[table.key(peer)].value, 4)}"
-    text = f"It {change} the {table.clean(score.metric)} score ({values})."
+        values += f"; the peer has {wording.decimal(scores[table.key(peer)].value, 4)}"
+    text = f"It {change} the {wording.clean(score.metric)} score ({values})."
     if best.ratio != 1 and best.stable and _tolerable(record, best):
-        limit = table.percent(TOLERATED_DROP, 0)
+        limit = wording.percent(TOLERATED_DROP, 0)
         text += f" It is the fastest compressed configuration with a stable timing and a loss of at most {limit}."
     return text

@@ -17,10 +17,21 @@ from rich.table import Table
 from rich.text import Text
 
 from variator.bench.record import PEER, STOCK, Memory, Quality, Record, Result
+from variator.bench.wording import (
+    MISSING,
+    clean,
+    count,
+    decimal,
+    markdown_escape,
+    markdown_table,
+    percent,
+    significant,
+    size,
+    times,
+)
 from variator.toolkit.plugin_format import Key, order
 
 UNTRAINED = "UNTRAINED PLUGIN: speed only"
-MISSING = "-"
 PREFERRED_METRICS = ("spearman", "cosine")
 STYLES = {"unstable": "yellow", "untrained": "red", "peer": "dim", "": ""}
 
@@ -130,7 +141,7 @@ def markdown(record: Record, chosen: Sequence[Shape] = ()) -> str:
             line += _markdown_cells(record, by_shape.get(shape))
         score = decimal(scores[found].value, 4) if found in scores else MISSING
         lines.append(line + [score] * bool(metric))
-    caption = marked(record, _markdown_escape(header(record)))
+    caption = marked(record, markdown_escape(header(record)))
     return f"{caption}\n\n{markdown_table(columns + [metric] * bool(metric), lines, 3)}"
 
 
@@ -246,54 +257,14 @@ def marked(record: Record, title: str) -> str:
     return f"{title} [{UNTRAINED}]" if untrained_ratios(record) else title
 
 
-def clean(text: str) -> str:
-    """Text without line breaks or control characters: a model id must not steer somebody's terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
 def name(engine: str) -> str:
     """An engine's name; a peer's with a space, where a narrow column can break it."""
     return clean(f"{PEER} {engine.removeprefix(PEER)}" if engine.startswith(PEER) else engine)
 
 
-def decimal(value: float, digits: int) -> str:
-    """A number with thousands separated, or `-` if it is not finite."""
-    return f"{value:,.{digits}f}" if math.isfinite(value) else MISSING
-
-
-def significant(value: float) -> str:
-    """A positive number with about three significant digits and no exponent."""
-    return decimal(value, 2 if value < 10 else 1 if value < 100 else 0)
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage."""
-    positive_zero = 0.0
-    return f"{decimal(round(100 * share, digits) + positive_zero, digits)} %" if math.isfinite(share) else MISSING
-
-
-def times(factor: float) -> str:
-    """A speed-up."""
-    return MISSING if not math.isfinite(factor) else f"{factor:.2f}\N{MULTIPLICATION SIGN}"
-
-
 def tokens(shape: Shape) -> str:
     """A shape as batch x sequence."""
     return f"{shape[0]}\N{MULTIPLICATION SIGN}{shape[1]}"
-
-
-def size(number: float, unit: str = "B") -> str:
-    """A count of bytes (or of another unit) with a decimal prefix."""
-    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= factor:
-            scaled = number / factor
-            return f"{scaled:.{1 if abs(scaled) < 100 else 0}f} {prefix}{unit}"
-    return f"{number:.0f} {unit}"
-
-
-def count(number: int, noun: str) -> str:
-    """A number and its noun."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def over_peer(row: Result, peer: Result | None) -> float:
@@ -503,18 +474,8 @@ def layouts_markdown(record: Record) -> str:
     for grid in grids:
         columns = [column.replace("\n", " ") for column in grid.columns]
         text = markdown_table(columns, [row.cells for row in grid.rows], grid.labels)
-        parts.append(f"{_markdown_escape(grid.title)}:\n\n{text}\n{_markdown_escape(grid.note)}\n")
+        parts.append(f"{markdown_escape(grid.title)}:\n\n{text}\n{markdown_escape(grid.note)}\n")
     return "\n".join(parts)
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int) -> str:
-    """A Markdown table; the first `labels` columns hold names, all others figures."""
-    rule = ["---"] * labels + ["---:"] * (len(columns) - labels)
-    return "".join(f"| {' | '.join(map(_markdown_escape, line))} |\n" for line in (columns, rule, *rows))
-
-
-def _markdown_escape(text: str) -> str:
-    return "".join(f"\\{letter}" if letter in "\\|<`[*_" else letter for letter in clean(text))
 
 
 if __name__ == "__main__":  # python -m variator.bench.table RECORD.json: the tables as the README has them

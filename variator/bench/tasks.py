@@ -309,7 +309,7 @@ def mean_drop(rows: Sequence[Row], ratio: Key) -> tuple[float, int]:
 
 def markdown(record: QualityRecord) -> str:
     """The record as a Markdown table: a line per task, a column per ratio with the score and how it changed."""
-    from variator.bench.table import markdown_table
+    from variator.bench.wording import markdown_table
 
     ratios = in_order({row.ratio for row in record.rows})
     lines = []
@@ -331,7 +331,7 @@ def markdown(record: QualityRecord) -> str:
 
 def plot(record: QualityRecord) -> str:
     """The record as an SVG file: what is kept of each task's score, against the FLOPs saved."""
-    from variator.bench.plots import line_picture
+    from variator.bench.drawing import line_picture
 
     lines = {}
     for task in dict.fromkeys(row.task for row in record.rows):
