@@ -32,7 +32,12 @@ from variator.training.run import Progress
 from variator.training.settings import TrainSettings
 from variator.training.train import train
 
-CANDIDATES = (SiteSize(2, 64), SiteSize(4, 64), SiteSize(8, 64), SiteSize(16, 64), SiteSize(8, 192), SiteSize(16, 192))
+CANDIDATES = tuple(
+    SiteSize(*size)
+    for size in ((2, 64), (4, 64), (4, 128), (8, 64), (8, 128), (8, 192), (16, 64), (16, 128), (16, 192))
+)
+"""Ratios and ranks at or near the front of error over cost: docs/training.md."""
+
 BATCHES = 8
 """That sensitivity is measured on."""
 
