@@ -118,7 +118,7 @@ def finetune(
             on_step(state.global_step, state.max_steps)
 
     trainer = transformers.Trainer(
-        model=_with_head(model, split),
+        model=_with_head(model, split, processes.device.type == "cpu"),
         args=options,
         train_dataset=rows,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
@@ -174,13 +174,16 @@ def _rows(backbone: Backbone, split: Split) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def _with_head(model: str, split: Split) -> Any:
+def _with_head(model: str, split: Split, on_cpu: bool) -> Any:
+    """The checkpoint with the task's head, in fp32."""
     import transformers
 
+    # On a CPU torch's fused attention is slow with dropout: 2.1 to 2.7 s per step against 1.3 s (MiniLM, 32 x 184).
+    attention = {"attn_implementation": "eager"} if on_cpu else {}
     kind = getattr(transformers, AUTO_CLASSES[split.task.head])
     labels = dict(enumerate(split.task.labels))
     heads = {"id2label": labels, "label2id": {name: place for place, name in labels.items()}} if labels else {}
     try:
-        return kind.from_pretrained(model, trust_remote_code=False, dtype=torch.float32, **heads)
+        return kind.from_pretrained(model, trust_remote_code=False, dtype=torch.float32, **attention, **heads)
     except Exception as error:  # transformers raises many kinds
         raise BackboneError(f"cannot load {model!r} for {split.task.name}: {error}") from error
