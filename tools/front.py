@@ -64,6 +64,7 @@ def measure(model: str, name: str, corpora: list[Path], steps: int = STEPS) -> d
             }
         )
     return {
+        "schema": "variator.front/1",
         "model": backbone.id,
         "machine": asdict(this_machine()),
         "steps": steps,
