@@ -55,6 +55,8 @@ $(CLEAN)/.ready: $(VENV)/.ready
 # How the plugins that ship were trained: about 75 minutes on 2 cores.
 plugins: $(CLEAN)/.ready
 	$(BIN)/variator train $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) --steps 8000 $(TEXTS:%=--corpus %) -o $(OUT)/plugins
+	for split in dev train; do $(BIN)/variator eval $(MODEL) $(RATIOS) --plugin $(OUT)/plugins --record \
+		--task stsb --data $(DATA)/stsb/$$split.jsonl.gz || exit 1; done
 
 # What ratio, rank and activation cost and keep, side by side: a quarter of an hour.
 front: $(CLEAN)/.ready
