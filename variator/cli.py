@@ -592,7 +592,8 @@ def _show_bundle(path: Path) -> None:
     table = Table("ratio", "plugin", "parameters added", "FLOPs at 128 tokens", "saved", "largest error", title=title)
     for ratio in bundle.ratios:
         entry = manifest.ratios[ratio]
-        kind = "none" if ratio == 1 else "UNTRAINED" if entry.untrained else f"rank {entry.rank}, {entry.activation}"
+        kind = "none" if ratio == 1 else entry.summary
+        kind = f"UNTRAINED, {kind}" if entry.untrained else kind
         table.add_row(
             str(ratio),
             kind,

@@ -50,6 +50,8 @@ def test_the_manifest_keeps_the_contract(bundle: Bundle) -> None:
         (lambda m: m.update(color="red"), "damaged"),
         (lambda m: m.update(max_length="many"), "max_length is 'many'"),
         (lambda m: m.update(inputs=7), "inputs is 7"),
+        (lambda m: m["ratios"]["4"].update(setting={"ratio": 99, "rank": 4}), "damaged"),
+        (lambda m: m["ratios"]["4"].update(setting={"colour": "red"}), "damaged"),
         (lambda m: m["ratios"].pop("1"), "ratio 1"),
         (lambda m: m["ratios"].update({"Four": m["ratios"]["4"]}), "damaged"),
         (lambda m: m["files"].update({"../outside": {"bytes": 1, "sha256": "0"}}), "outside"),

@@ -21,7 +21,7 @@ from variator.exporters.flops import count_flops
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.plugin import MASKED, compressed_memory, compression, initial_tensors
-from variator.toolkit.plugin_file import find_plugin, load_plugin
+from variator.toolkit.plugin_file import find_plugin, load_plugin, save_plugin
 from variator.toolkit.plugin_format import (
     PluginConfig,
     SiteSize,
@@ -158,6 +158,22 @@ def test_every_setting_is_a_graph_that_costs_what_it_says(named: Bundle) -> None
     assert flops["s50"]["ffn"] == 2 * 2 * (length // 8 + length // 2) * d * inner
     assert flops["partly"]["ffn"] == 2 * 2 * (length + length // 4) * d * inner
     assert all(named.ratio(ratio).flops["saved"] != 0 for ratio in named.ratios[1:])
+    said = {ratio: named.ratio(ratio).summary for ratio in named.ratios[1:]}
+    assert said == {4: "ratio 4, rank 8, tanh", **{config.name: config.summary for config in SETTINGS}}
+
+
+def test_a_setting_says_what_it_is() -> None:
+    wide = PluginConfig(8, 192, "gelu", keys_values=4, keys_values_rank=64, first_alone=True, name="x")
+    assert wide.summary == "ratio 8, rank 192, gelu, keys and values 4 (rank 64), first token alone"
+    assert scheduled("s", [(1, 1), (4, 64)]).summary == "layers 1 4/64, tanh"
+
+
+def test_a_bundle_has_the_scores_of_its_plugins(backbone: Backbone, tmp_path: Path) -> None:
+    scores = [{"split": "stsb dev", "value": {"spearman": 0.5}, "ratio_1": {"spearman": 0.6}, "precision": "fp32"}]
+    plugin = made(backbone, PluginConfig(2, 8))
+    save_plugin(replace(plugin, training={**plugin.training, "scores": scores}), tmp_path / "plugins")
+    bundle = export(backbone, tmp_path / "bundle", ExportSettings((2,), tmp_path / "plugins"))
+    assert Bundle.open(bundle.path).ratio(2).quality == {"stsb dev spearman": 0.5}
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

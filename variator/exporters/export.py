@@ -272,7 +272,13 @@ def _entry(graph: str, plugin: Plugin | None, flops: dict[str, float], error: fl
         untrained=plugin.untrained,
         flops=flops,
         max_abs_error=error,
+        quality={
+            f"{entry['split']} {metric}": value
+            for entry in plugin.training.get("scores", [])
+            for metric, value in entry["value"].items()
+        },
         training=plugin.training,
+        setting=plugin.config.header(),
     )
 
 

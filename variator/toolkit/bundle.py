@@ -13,7 +13,7 @@ from typing import Any
 
 from variator.errors import BundleError, InputError
 from variator.files import inside, sha256_of, write_atomically
-from variator.toolkit.plugin_format import PLUGIN_FORMAT, Key, in_order, parse_key
+from variator.toolkit.plugin_format import PLUGIN_FORMAT, Key, PluginConfig, in_order, parse_key
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
@@ -45,7 +45,9 @@ class RatioEntry:
         untrained: True if the plugin is for speed measurements only.
         flops: At batch 1, 128 tokens: attention, ffn, plugin, head, total, saved (share of ratio 1's total).
         max_abs_error: Largest difference from the PyTorch reference that the gate saw.
-        training: The plugin's training record.
+        quality: Scores by split and metric, from the plugin's training record.
+        training: That record.
+        setting: What the plugin is, `PluginConfig.header`; empty for ratio 1.
     """
 
     graph: str
@@ -60,6 +62,12 @@ class RatioEntry:
     training: dict[str, Any] = field(default_factory=dict)
     plugin: str = ""
     head: bool = False
+    setting: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The plugin in words; for bundles that were written without `setting` its rank and activation."""
+        return PluginConfig(**self.setting).summary if self.setting else f"rank {self.rank}, {self.activation}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ class Manifest:
             )
         try:
             ratios = {parse_key(ratio): RatioEntry(**entry) for ratio, entry in data.pop("ratios").items()}
+            for entry in ratios.values():
+                entry.summary  # noqa: B018 - a setting that is none fails here
             files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
             profile = data.pop("shared", None)
             shared = None if profile is None else SharedProfile(**profile)

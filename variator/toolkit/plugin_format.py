@@ -124,6 +124,22 @@ class PluginConfig:
         found = {"ffn": ffn, "kv": SiteSize(self.keys_values, self.keys_values_rank)}
         return {site: size for site, size in found.items() if size.ratio > 1}
 
+    @property
+    def summary(self) -> str:
+        """In words: `ratio 8, rank 192, gelu, keys and values 4 (rank 64)`."""
+        said = [f"ratio {self.ratio}", f"rank {self.rank}"]
+        if self.schedule:
+            said = [
+                f"layers {' '.join(f'{size.ratio}/{size.rank}' if size.ratio > 1 else '1' for size in self.schedule)}"
+            ]
+        said.append(self.activation)
+        if self.keys_values > 1:
+            rank = f" (rank {self.keys_values_rank})" if self.keys_values_rank else ""
+            said.append(f"keys and values {self.keys_values}{rank}")
+        if self.first_alone:
+            said.append("first token alone")
+        return ", ".join(said)
+
     def header(self) -> dict[str, Any]:
         """As JSON: `ratio`, `rank`, `activation` and whatever else is not usual."""
         usual = asdict(PluginConfig(2))
