@@ -5,8 +5,8 @@
     python tools/front.py table OUT.json
 
 All settings are fitted side by side on the same batches, from one teacher pass, and so compare at equal data. The
-error is what the layer adds to its own stream (mean squared error over the teacher's variance, mean over layers, of
-the last fifth of the steps). Costs count matrix products, rows of 128 tokens.
+error is that of each layer's own stream, all compressed layers before it included (mean squared error over the
+teacher's variance, mean over layers, smoothed over the last steps). Costs count matrix products, rows of 128 tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from variator.bench.drawing import line_picture
+from variator.bench.plots import Point, pareto
 from variator.bench.record import this_machine
 from variator.bench.wording import markdown_table
 from variator.files import write_atomically
@@ -76,7 +77,11 @@ def measure(model: str, name: str, corpora: list[Path], steps: int = STEPS) -> d
 
 def on_front(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     """Whether no other setting is at once cheaper and better."""
-    return not any(other["ffn_flops_left"] <= row["ffn_flops_left"] and other["error"] < row["error"] for other in rows)
+    return _point(row) in pareto(map(_point, rows))
+
+
+def _point(row: dict[str, Any]) -> Point:
+    return Point(-row["ffn_flops_left"], -row["error"], "")
 
 
 def table(record: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ where it stopped. What is scored is what is deployed: the exported graphs in an 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
@@ -14,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from variator.bench.evaluate import EvalSettings, evaluate
+from variator.bench.drawing import line_picture
+from variator.bench.evaluate import EvalSettings, Evaluation, evaluate
 from variator.bench.record import Machine, this_machine
+from variator.bench.wording import markdown_table
 from variator.engines.build import build
 from variator.errors import InputError, PluginError
 from variator.exporters.export import ExportSettings, export
@@ -205,8 +206,7 @@ class _Job:
         bundle = self._bundle(tuned, place)
         chosen = EvalSettings(engine=settings.engine, precision=settings.precision)
         found = evaluate(bundle.path, self.dev, chosen, lambda stage: self._say(f"scoring {stage}"))
-        rows = [_row(one.ratio, one.scores, one.drop, one.engine, one.precision, bundle, self) for one in found]
-        rows = [dataclasses.replace(row, reference=rows[0].value) for row in rows]
+        rows = [_row(one, found[0], bundle, self) for one in found]
         write_atomically(done, json.dumps([asdict(row) for row in rows], indent=1))
         return rows
 
@@ -264,18 +264,11 @@ class _Job:
         self.on_stage(f"{self.dev.task.name}: {what}")
 
 
-def _row(
-    ratio: Key,
-    scores: dict[str, float],
-    drop: float,
-    engine: str,
-    precision: str,
-    bundle: Bundle,
-    job: _Job,
-) -> Row:
-    dev, entry = job.dev, bundle.ratio(ratio)
+def _row(one: Evaluation, first: Evaluation, bundle: Bundle, job: _Job) -> Row:
+    """A ratio's scores, with those of ratio 1 and what the bundle says of the plugin."""
+    ratio, dev, entry = one.ratio, job.dev, bundle.ratio(one.ratio)
     sequence = LENGTHS.get(dev.task.name, USUAL_LENGTH)
-    whole, here = (count_flops(bundle.path / bundle.ratio(one).graph, sequence)["total"] for one in (1, ratio))
+    whole, here = (count_flops(bundle.path / bundle.ratio(key).graph, sequence)["total"] for key in (1, ratio))
     metric = dev.task.metrics[0]
     return Row(
         task=dev.task.name,
@@ -283,16 +276,16 @@ def _row(
         trained=job.train.label,
         ratio=ratio,
         metric=metric,
-        value=round(scores[metric], 5),
-        reference=0.0,
-        drop=round(drop, 5),
-        scores={name: round(value, 5) for name, value in scores.items()},
+        value=round(one.scores[metric], 5),
+        reference=round(first.scores[metric], 5),
+        drop=round(one.drop, 5),
+        scores={name: round(value, 5) for name, value in one.scores.items()},
         sequence=sequence,
         flops_saved=round(1 - here / whole, 4),
         parameters=entry.plugin_parameters,
         share=round(entry.plugin_parameters / bundle.manifest.parameters, 5),
-        engine=engine,
-        precision=precision,
+        engine=one.engine,
+        precision=one.precision,
     )
 
 
@@ -309,8 +302,6 @@ def mean_drop(rows: Sequence[Row], ratio: Key) -> tuple[float, int]:
 
 def markdown(record: QualityRecord) -> str:
     """The record as a Markdown table: a line per task, a column per ratio with the score and how it changed."""
-    from variator.bench.wording import markdown_table
-
     ratios = in_order({row.ratio for row in record.rows})
     lines = []
     for task in dict.fromkeys(row.task for row in record.rows):
@@ -331,8 +322,6 @@ def markdown(record: QualityRecord) -> str:
 
 def plot(record: QualityRecord) -> str:
     """The record as an SVG file: what is kept of each task's score, against the FLOPs saved."""
-    from variator.bench.drawing import line_picture
-
     lines = {}
     for task in dict.fromkeys(row.task for row in record.rows):
         mine = sorted((row for row in record.rows if row.task == task), key=lambda row: row.flops_saved)

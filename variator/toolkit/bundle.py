@@ -64,6 +64,10 @@ class RatioEntry:
     head: bool = False
     setting: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.setting:
+            PluginConfig(**self.setting)  # one that is none fails here
+
     @property
     def summary(self) -> str:
         """The plugin in words; for bundles that were written without `setting` its rank and activation."""
@@ -147,8 +151,6 @@ class Manifest:
             )
         try:
             ratios = {parse_key(ratio): RatioEntry(**entry) for ratio, entry in data.pop("ratios").items()}
-            for entry in ratios.values():
-                entry.summary  # noqa: B018 - a setting that is none fails here
             files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
             profile = data.pop("shared", None)
             shared = None if profile is None else SharedProfile(**profile)
