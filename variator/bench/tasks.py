@@ -219,7 +219,8 @@ class _Job:
     def _adapted_from(self) -> list[Any]:
         settings = self.settings
         numbers = [settings.steps, settings.tokens, settings.learning_rate, settings.seed]
-        return [*self._tuned_from(), self.dev.origin, numbers, [plugin.digest for plugin in self.start]]
+        plugins = [[plugin.config.header(), plugin.digest] for plugin in self.start]
+        return [*self._tuned_from(), self.dev.origin, numbers, plugins]
 
     def _tuned(self) -> str:
         """The checkpoint that knows the task."""
