@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from variator.errors import BundleError, VariatorError
+from variator.errors import BundleError, InputError, VariatorError
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """Errors that are the disk's, whatever was being done."""
@@ -119,6 +119,29 @@ def directory_written_whole(final: Path, *, replace: bool = False) -> Iterator[P
                 raise VariatorError(f"{final} has appeared meanwhile", fix="choose another name, or pass --overwrite")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def claim(place: Path, made_from: Any, *, anew: bool = False) -> None:
+    """Mark the directory of work that may be interrupted with what it is made from: only the same goes on in it.
+
+    Args:
+        made_from: A JSON value.
+        anew: Whether to throw away what lies there.
+
+    Raises:
+        InputError: If something else was begun there.
+    """
+    key, mark = sha256_of_json(made_from), place / "made-from.sha256"
+    if anew:
+        shutil.rmtree(place, ignore_errors=True)
+    elif mark.exists() and mark.read_text(encoding="utf-8") != key:
+        raise InputError(
+            f"{place} holds work that was begun with another model, data or settings",
+            fix="repeat that command to finish it, choose another -o, or start anew with --overwrite",
+        )
+    with disk_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+    write_atomically(mark, key)
 
 
 def _exchange(new: Path, final: Path, aside: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_schedule_is_chosen_trained_and_resumed(backbone: Backbone, corpus: Co
     assert load_plugin(tmp_path / "setting-s10.safetensors").config == config
     assert sorted(path.name for path in (tmp_path / "s10.choice").iterdir()) == [
         "choice.json",
-        "choice.sha256",
+        "made-from.sha256",
         "setting-s10.safetensors",
     ]
 
@@ -117,7 +117,7 @@ def test_a_choice_of_something_else_is_refused(backbone: Backbone, corpus: Corpu
         (backbone, 0.21, settings),
         (backbone, 0.2, tanh),
     ):
-        with pytest.raises(InputError, match="a choice with another budget"):
+        with pytest.raises(InputError, match="another model, data or settings"):
             within_budget(other[0], corpus, other[1], "half", other[2], tmp_path)
     chosen, _ = within_budget(backbone, corpus, 0.1, "half", tanh, tmp_path, overwrite=True)
     assert chosen.plugins[0].activation == "tanh"

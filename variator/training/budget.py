@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from variator.errors import InputError
-from variator.files import sha256_of_json, write_atomically
+from variator.files import claim, write_atomically
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.encoder import EncoderConfig
 from variator.toolkit.plugin import Compression
@@ -93,6 +93,26 @@ def layer_flops(sizes: EncoderConfig, sequence: int, sites: LayerSites) -> float
     return 2.0 * total
 
 
+def candidate_flops(
+    sizes: EncoderConfig, budget: float, candidates: Sequence[SiteSize] = CANDIDATES, sequence: int = 128
+) -> dict[SiteSize, float]:
+    """FLOPs of one layer with each candidate at its FFN, and without (1, 1).
+
+    Raises:
+        InputError: If no choice of them saves the budget; says how much they can.
+    """
+    if not 0.0 < budget < 1.0:
+        raise InputError(f"budget {budget}", valid="a share of the FLOPs to save, such as 0.5")
+    costs = {size: layer_flops(sizes, sequence, {"ffn": size}) for size in candidates}
+    whole = layer_flops(sizes, sequence, {})
+    most = 1 - min(costs.values()) / whole
+    if most < budget:
+        raise InputError(
+            f"a budget of {budget:.0%} at {sequence} tokens", valid=f"up to {most:.1%} with the FFN site alone"
+        )
+    return {SiteSize(1, 1): whole, **costs}
+
+
 def choose(
     backbone: Backbone,
     data: Data,
@@ -115,19 +135,12 @@ def choose(
         sequence: Tokens that FLOPs are counted at.
 
     Raises:
-        InputError: If no choice of candidates saves that much; says how much they can.
+        InputError: If no choice of candidates saves that much.
     """
-    if not 0.0 < budget < 1.0:
-        raise InputError(f"budget {budget}", valid="a share of the FLOPs to save, such as 0.5")
     sizes, activation = backbone.config, settings.plugins[0].activation
+    costs = candidate_flops(sizes, budget, candidates, sequence)
     one = SiteSize(1, 1)
-    costs = {size: layer_flops(sizes, sequence, {} if size == one else {"ffn": size}) for size in (one, *candidates)}
     whole = sizes.layers * costs[one]
-    most = 1 - sizes.layers * min(costs.values()) / whole
-    if most < budget:
-        raise InputError(
-            f"a budget of {budget:.0%} at {sequence} tokens", valid=f"up to {most:.1%} with the FFN site alone"
-        )
     configs = tuple(
         PluginConfig(size.ratio, size.rank, activation, name=f"candidate-{size.ratio}-{size.rank}")
         for size in candidates
@@ -181,21 +194,14 @@ def within_budget(
     """
     if not settings.steps:
         raise InputError("a schedule for a budget is made good by distillation", valid="1 or more --steps")
+    candidate_flops(backbone.config, budget, CANDIDATES)  # refused before anything is written
     name = name or f"s{round(100 * budget)}"
     place = directory / f"{name}.choice"
-    path, mark = place / file_name(name), place / "choice.sha256"
+    path = place / file_name(name)
     fitted = {"activation": settings.plugins[0].activation, "tokens": settings.tokens, "seed": settings.seed}
-    key = sha256_of_json([budget, fitted, CANDIDATES, FIT_STEPS, backbone.fingerprint, data.record()])
-    if overwrite:
-        shutil.rmtree(place, ignore_errors=True)
-    if mark.exists() and mark.read_text(encoding="utf-8") != key:
-        raise InputError(
-            f"{place} holds a choice with another budget, model, data or settings",
-            fix="another --setting or -o, or choose anew with --overwrite",
-        )
+    claim(place, [budget, fitted, CANDIDATES, FIT_STEPS, backbone.fingerprint, data.record()], anew=overwrite)
     if not path.exists():
         choice = choose(backbone, data, budget, name, settings, place / "fits", on_step, CANDIDATES)
-        write_atomically(mark, key)
         write_atomically(place / "choice.json", choice.to_json())
         save_plugin(choice.start, place)
         shutil.rmtree(place / "fits", ignore_errors=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from variator.errors import BackboneError, InputError, VariatorError
-from variator.files import directory_written_whole, sha256_of_json, write_atomically
+from variator.files import claim, directory_written_whole
 from variator.tasks.read import Split
 from variator.toolkit.checkpoint import AUTO_CLASSES, Backbone, load_backbone
 from variator.training.labelled import items
@@ -89,29 +89,9 @@ def finetune(
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     scratch = output.with_name(f".{output.name}.training")
     if processes.main:
-        _claim(
-            scratch, [asdict(settings) | {"overwrite": False}, backbone.fingerprint, split.origin], settings.overwrite
-        )
+        made_from = [asdict(replace(settings, overwrite=False)), backbone.fingerprint, split.origin]
+        claim(scratch, made_from, anew=settings.overwrite)
     processes.wait()
-    options = transformers.TrainingArguments(
-        output_dir=str(scratch),
-        num_train_epochs=settings.epochs or min(8, max(2, round(36_000 / len(split.examples)))),
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch,
-        warmup_steps=0.06,  # below 1: a share of the steps
-        weight_decay=0.01,
-        seed=settings.seed,
-        bf16=processes.bf16(settings.precision),
-        use_cpu=processes.device.type == "cpu",
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
-        save_strategy="epoch",
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-    )
 
     class Tell(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -119,7 +99,7 @@ def finetune(
 
     trainer = transformers.Trainer(
         model=_with_head(model, split, processes.device.type == "cpu"),
-        args=options,
+        args=_arguments(scratch, len(split.examples), settings, processes),
         train_dataset=rows,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         callbacks=[Tell()],
@@ -140,22 +120,29 @@ def finetune(
     return output
 
 
-def _claim(scratch: Path, what: Any, overwrite: bool) -> None:
-    """Mark the place of an interrupted run with what it is, and refuse one that is something else.
+def _arguments(scratch: Path, examples: int, settings: FinetuneSettings, processes: Processes) -> Any:
+    """Trainer's own settings."""
+    import transformers
 
-    Raises:
-        InputError: If another run was interrupted there.
-    """
-    key, mark = sha256_of_json(what), scratch / "run.sha256"
-    if overwrite or not mark.exists():
-        shutil.rmtree(scratch, ignore_errors=True)
-    elif mark.read_text(encoding="utf-8") != key:
-        raise InputError(
-            f"{scratch} holds an interrupted run with another model, data or settings",
-            fix="repeat that command to finish it, or start anew with --overwrite",
-        )
-    scratch.mkdir(parents=True, exist_ok=True)
-    write_atomically(mark, key)
+    return transformers.TrainingArguments(
+        output_dir=str(scratch),
+        num_train_epochs=settings.epochs or min(8, max(2, round(36_000 / examples))),
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch,
+        warmup_steps=0.06,  # below 1: a share of the steps
+        weight_decay=0.01,
+        seed=settings.seed,
+        bf16=processes.bf16(settings.precision),
+        use_cpu=processes.device.type == "cpu",
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        save_strategy="epoch",
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+    )
 
 
 def _rows(backbone: Backbone, split: Split) -> Any:
