@@ -113,9 +113,9 @@ def test_a_choice_of_something_else_is_refused(backbone: Backbone, corpus: Corpu
     within_budget(backbone, corpus, 0.1, "half", settings, tmp_path)
     tanh = replace(settings, plugins=(PluginConfig(2, 8),))
     for other in (
-        (replace(backbone, fingerprint="0" * 64), 0.2, settings),
-        (backbone, 0.21, settings),
-        (backbone, 0.2, tanh),
+        (replace(backbone, fingerprint="0" * 64), 0.1, settings),
+        (backbone, 0.11, settings),
+        (backbone, 0.1, tanh),
     ):
         with pytest.raises(InputError, match="another model, data or settings"):
             within_budget(other[0], corpus, other[1], "half", other[2], tmp_path)
