@@ -152,13 +152,8 @@ def _plugin_for(backbone: Backbone, ratio: Key, settings: ExportSettings) -> Plu
 
 def _profile(backbone: Backbone, plugins: Mapping[Key, Plugin]) -> SharedProfile:
     """What the shared graph will take: these plugins, and later ones like them."""
-    uneven = [key for key, plugin in plugins.items() if not plugin.config.plain]
-    if uneven:
-        raise PluginError(
-            f"setting {uneven[0]!r} is more than a ratio",
-            valid="one ratio at the FFN of every layer, which is what a shared graph takes",
-            fix="--layout per-ratio",
-        )
+    for key, plugin in plugins.items():
+        plugin.check_plain(f"setting {key!r}")
     activations = sorted({plugin.config.activation for plugin in plugins.values()}) or ["tanh"]
     if len(activations) > 1:
         raise PluginError(

@@ -136,6 +136,15 @@ class Plugin:
                 f"{where}: the head reads {self.head.weight.shape[1]} values", valid=f"{self.hidden_size}", fix=fix
             )
 
+    def check_plain(self, where: str) -> None:
+        """Raise `PluginError` unless a shared graph can take it; `where` names the plugin."""
+        if not self.config.plain:
+            raise PluginError(
+                f"{where} is more than a ratio",
+                valid="one ratio at the FFN of every layer, which is what a shared graph takes",
+                fix="export it with --layout per-ratio",
+            )
+
     def check_backbone(
         self, fingerprint: str, name: str, family: str, sizes: tuple[int, int], source: str = "MODEL"
     ) -> None:

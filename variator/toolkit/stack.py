@@ -152,12 +152,7 @@ def check_fits(plugin: Plugin, manifest: Manifest, where: str) -> None:
     sizes = (manifest.layers, manifest.hidden_size)
     plugin.check_backbone(manifest.backbone, manifest.model, manifest.family, sizes)
     plugin.check_tensors(where)
-    if not plugin.config.plain:
-        raise PluginError(
-            f"{where} is more than a ratio",
-            valid="one ratio at the FFN of every layer, which is what a shared graph takes",
-            fix="export it with --layout per-ratio",
-        )
+    plugin.check_plain(where)
     _check_limit(where, "rank", plugin.config.rank, shared.max_rank)
     _check_limit(where, "ratio", plugin.config.ratio, shared.max_ratio)
     if plugin.config.activation != shared.activation:

@@ -21,6 +21,7 @@ from variator.tasks.read import Split
 from variator.toolkit.checkpoint import AUTO_CLASSES, Backbone, load_backbone
 from variator.training.labelled import items
 from variator.training.processes import Processes
+from variator.training.settings import check_precision
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class FinetuneSettings:
             raise InputError(
                 f"{self.epochs} epochs at {self.learning_rate} in batches of {self.batch}", valid="positive numbers"
             )
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise InputError(f"unknown training precision {self.precision!r}", valid="auto, fp32, bf16")
+        check_precision(self.precision)
 
 
 def finetune(

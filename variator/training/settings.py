@@ -67,5 +67,10 @@ class TrainSettings:
         for rate in (self.local_rate, self.learning_rate):
             if not 0.0 < rate < math.inf:
                 raise InputError(f"learning rate {rate}", valid="a positive number; 2e-3 is the default")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise InputError(f"unknown training precision {self.precision!r}", valid="auto, fp32, bf16")
+        check_precision(self.precision)
+
+
+def check_precision(precision: str) -> None:
+    """Raise `InputError` unless training can run in it."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"unknown training precision {precision!r}", valid="auto, fp32, bf16")
