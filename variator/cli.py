@@ -422,7 +422,9 @@ def quality(
     ratio: Annotated[list[str] | None, typer.Option(help="Ratios or names beside 1; 2, 4, 8 by default.")] = None,
     data: DataOption = None,
     start: Annotated[Path | None, typer.Option("--from", help="Directory of plugins to adapt; else ours.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the adaptation.", min=1)] = 1000,
+    steps: Annotated[
+        int, typer.Option(help="Least steps of the adaptation; a large task takes one pass.", min=1)
+    ] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the adaptation.")] = 1e-3,
     engine: EngineOption = "onnxruntime",
     precision: PrecisionOption = "fp32",

@@ -50,7 +50,7 @@ class QualitySettings:
         ratios: Beside 1.
         data: Directory of local files, as for `tasks.read`; None loads from the hub.
         plugins: Directory of pre-trained plugins to adapt; None takes those that ship for the backbone.
-        steps, tokens, learning_rate: Of the adaptation.
+        steps, tokens, learning_rate: Of the adaptation; at least as many steps as go once over the training split.
         engine, precision: That scores.
         seed: Of everything.
     """
@@ -238,16 +238,16 @@ class _Job:
         if all((output / file_name(ratio)).exists() for ratio in settings.ratios):
             return
         backbone = load_backbone(tuned)
+        data = Labelled(self.train, backbone)
         chosen = TrainSettings(
             tuple(plugin.config for plugin in self.start),
             local_steps=0,
-            steps=settings.steps,
+            steps=max(settings.steps, data.tokens // settings.tokens),  # SQuAD is large
             tokens=settings.tokens,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
         )
         tell = _every(lambda step, steps: self._say(f"adapting, step {step} of {steps}"))
-        data = Labelled(self.train, backbone)
         adapt(backbone, data, chosen, output, lambda progress: tell(progress.step, progress.steps), start=self.start)
 
     def _bundle(self, tuned: str, place: Path) -> Bundle:
@@ -310,11 +310,13 @@ def markdown(record: QualityRecord) -> str:
         cells = [f"{mine[k].value:.4f}" + (f" ({-mine[k].drop:+.1%})" if k != 1 else "") for k in ratios]
         lines.append([first.split, first.metric, *cells, first.trained])
     means = [mean_drop(record.rows, ratio) for ratio in ratios]
-    count = means[0][1]
-    lines.append([f"mean of {count} without stsb", "", "", *(f"{-mean:+.1%}" for mean, _ in means[1:]), ""])
-    for title, value in (("FLOPs saved at 128 tokens", "flops_saved"), ("parameters added", "share")):
-        found = {row.ratio: getattr(row, value) for row in record.rows if row.sequence == USUAL_LENGTH}
-        lines.append([title, "", *(f"{found.get(ratio, float('nan')):.1%}" for ratio in ratios), ""])
+    if count := means[0][1]:
+        lines.append([f"mean of {count} without stsb", "", "", *(f"{-mean:+.1%}" for mean, _ in means[1:]), ""])
+    for sequence in sorted({row.sequence for row in record.rows}):
+        saved = {row.ratio: row.flops_saved for row in record.rows if row.sequence == sequence}
+        lines.append([f"FLOPs saved at {sequence} tokens", "", *(f"{saved[ratio]:.1%}" for ratio in ratios), ""])
+    share = {row.ratio: row.share for row in record.rows}
+    lines.append(["parameters added", "", *(f"{share[ratio]:.1%}" for ratio in ratios), ""])
     columns = ["task", "metric", *(f"ratio {ratio}" for ratio in ratios), "trained on"]
     caption = f"{record.model} \\| {record.machine.cpu}, {record.machine.cores} cores \\| {record.machine.date}"
     return f"{caption}\n\n{markdown_table(columns, lines, 2)}"
