@@ -26,10 +26,10 @@ from variator.tasks.catalogue import TASKS
 from variator.tasks.read import Split, read_split
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.plugin_file import Plugin, find_plugin, load_named
+from variator.toolkit.plugin_file import Plugin, find_plugin, load_named, save_plugin
 from variator.toolkit.plugin_format import Key, file_name, in_order, parse_key
 from variator.training.finetune import FinetuneSettings, finetune
-from variator.training.labelled import Labelled, check_backbone
+from variator.training.labelled import Labelled, check_backbone, items
 from variator.training.settings import TrainSettings
 from variator.training.train import train as adapt
 
@@ -50,7 +50,7 @@ class QualitySettings:
         ratios: Beside 1.
         data: Directory of local files, as for `tasks.read`; None loads from the hub.
         plugins: Directory of pre-trained plugins to adapt; None takes those that ship for the backbone.
-        steps, tokens, learning_rate: Of the adaptation; at least as many steps as go once over the training split.
+        steps, tokens, learning_rate: Of the adaptation; a split of more tokens than these gets about one pass.
         engine, precision: That scores.
         seed: Of everything.
     """
@@ -81,7 +81,8 @@ class Row:
 
     Args:
         split: What was scored; says so if it is a sample.
-        trained: What was trained on, likewise.
+        trained: What backbone and plugins were trained on, likewise; STS-B takes both as they are.
+        steps: Of the plugins' adaptation.
         scores: All metrics; `metric` is the one that counts, `value` its score and `reference` that of ratio 1.
         drop: Relative loss, 0.01 is 1 %.
         sequence: Tokens at which `flops_saved`, a share of the encoder's, was counted in the exported graph.
@@ -92,6 +93,7 @@ class Row:
     task: str
     split: str
     trained: str
+    steps: int
     ratio: Key
     metric: str
     value: float
@@ -167,7 +169,10 @@ def quality(
     rows = [row for job in jobs for row in job.rows()]
     packages = ("variator", "onnxruntime", "openvino", "torch", "transformers")
     versions = {package: importlib.metadata.version(package) for package in packages}
-    notes = ["The last plugins of every adaptation, chosen by no score: the development split was read at the end."]
+    notes = [
+        "The last plugins of every adaptation, chosen by no score: the development split was read at the end.",
+        "STS-B: backbone and plugins as they are, adapted to nothing.",
+    ]
     plain = json.loads(json.dumps(chosen))  # as a record that is read back has it
     return QualityRecord(this_machine(), backbone.id, command, versions, plain, rows, notes)
 
@@ -197,16 +202,17 @@ class _Job:
 
     def rows(self) -> list[Row]:
         """The task's rows, ratio by ratio."""
-        settings, place = self.settings, self._place("adapted", self._adapted_from())
+        settings, steps = self.settings, self._steps()
+        place = self._place("adapted", self._adapted_from(steps))
         done = place / f"rows-{settings.engine}-{settings.precision}.json"
         if done.exists():
             return [Row(**row) for row in json.loads(done.read_text(encoding="utf-8"))]
         tuned = self._tuned()
-        self._adapt(tuned, place / "plugins")
+        self._adapt(tuned, place / "plugins", steps)
         bundle = self._bundle(tuned, place)
         chosen = EvalSettings(engine=settings.engine, precision=settings.precision)
         found = evaluate(bundle.path, self.dev, chosen, lambda stage: self._say(f"scoring {stage}"))
-        rows = [_row(one, found[0], bundle, self) for one in found]
+        rows = [_row(one, found[0], bundle, self, steps) for one in found]
         write_atomically(done, json.dumps([asdict(row) for row in rows], indent=1))
         return rows
 
@@ -216,9 +222,16 @@ class _Job:
     def _tuned_from(self) -> list[Any]:
         return [self.backbone.fingerprint, self.train.origin, asdict(FinetuneSettings(seed=self.settings.seed))]
 
-    def _adapted_from(self) -> list[Any]:
+    def _steps(self) -> int:
+        """Steps of the adaptation: what was asked for, or about one pass over a large split. None for embeddings, whose
+        backbone is nothing but itself: what compression costs there is what the plugins lose as they are."""
+        if self.dev.task.head == "embed":
+            return 0
+        return max(self.settings.steps, sum(i.length for i in items(self.train, self.backbone)) // self.settings.tokens)
+
+    def _adapted_from(self, steps: int) -> list[Any]:
         settings = self.settings
-        numbers = [settings.steps, settings.tokens, settings.learning_rate, settings.seed]
+        numbers = [steps, settings.tokens, settings.learning_rate, settings.seed]
         plugins = [[plugin.config.header(), plugin.digest] for plugin in self.start]
         return [*self._tuned_from(), self.dev.origin, numbers, plugins]
 
@@ -232,17 +245,21 @@ class _Job:
             finetune(self.model, self.train, output, FinetuneSettings(seed=self.settings.seed), tell)
         return str(output)
 
-    def _adapt(self, tuned: str, output: Path) -> None:
+    def _adapt(self, tuned: str, output: Path, steps: int) -> None:
         """The plugins, adapted to backbone and task; the last ones, since a split that chose cannot score."""
         settings = self.settings
         if all((output / file_name(ratio)).exists() for ratio in settings.ratios):
+            return
+        if not steps:
+            for plugin in self.start:
+                save_plugin(plugin, output)
             return
         backbone = load_backbone(tuned)
         data = Labelled(self.train, backbone)
         chosen = TrainSettings(
             tuple(plugin.config for plugin in self.start),
             local_steps=0,
-            steps=max(settings.steps, data.tokens // settings.tokens),  # SQuAD is large
+            steps=steps,
             tokens=settings.tokens,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
@@ -264,7 +281,7 @@ class _Job:
         self.on_stage(f"{self.dev.task.name}: {what}")
 
 
-def _row(one: Evaluation, first: Evaluation, bundle: Bundle, job: _Job) -> Row:
+def _row(one: Evaluation, first: Evaluation, bundle: Bundle, job: _Job, steps: int) -> Row:
     """A ratio's scores, with those of ratio 1 and what the bundle says of the plugin."""
     ratio, dev, entry = one.ratio, job.dev, bundle.ratio(one.ratio)
     sequence = LENGTHS.get(dev.task.name, USUAL_LENGTH)
@@ -273,7 +290,8 @@ def _row(one: Evaluation, first: Evaluation, bundle: Bundle, job: _Job) -> Row:
     return Row(
         task=dev.task.name,
         split=dev.label,
-        trained=job.train.label,
+        trained=job.train.label if steps else "as pre-trained",
+        steps=steps,
         ratio=ratio,
         metric=metric,
         value=round(one.scores[metric], 5),

@@ -51,11 +51,6 @@ class Labelled:
         chosen = following[: fitting((item.length for item in following), tokens // len(following[0].rows))]
         return together(chosen, backbone.token_types)
 
-    @property
-    def tokens(self) -> int:
-        """Of the whole split, without padding."""
-        return sum(len(row.ids) for item in self._items for row in item.rows)
-
     def record(self) -> list[dict[str, Any]]:
         """What a plugin's training record says about the data."""
         return [{"task": self._split.label, "files": list(self._split.origin)}]
