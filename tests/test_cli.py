@@ -156,18 +156,42 @@ def test_wrong_usage_is_status_2(arguments: tuple[object, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        (),
-        ("--ratio", "4", "--budget", "0.5"),
-        ("--ratio", "4", "--task", "sst2"),
-        ("--budget", "0.5", "--steps", "0"),
+        ((), "train ratios, presets, or a schedule"),
+        (("--ratio", "4", "--budget", "0.5"), "train ratios, presets, or a schedule"),
+        (("--ratio", "4", "--task", "sst2"), "on plain text or on a task"),
+        (("--ratio", "4", "--data", "."), "--data is for a --task"),
+        (("--ratio", "4", "--task-weight", "2"), "--task-weight is for a --task"),
+        (("--budget", "0.5", "--local-steps", "9"), "--budget"),
+        (("--budget", "0.5", "--steps", "0"), "made good by distillation"),
     ],
 )
-def test_options_of_train_that_contradict_each_other_are_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_options_of_train_that_contradict_each_other_are_refused(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
     (tmp_path / "words.txt").write_text("w1 w2 w3")
     done = variator("train", "random:tiny", "--corpus", tmp_path / "words.txt", "-o", tmp_path / "out", *options)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "message"),
+    [
+        ("checkpoint", ("--precision", "bf16"), "scored in PyTorch"),
+        ("bundle", ("--kind", "embed"), "knows what it is for"),
+        ("bundle", ("--record", "--plugin", "."), "--record is for plugin files"),
+    ],
+)
+def test_options_of_eval_without_effect_are_refused(
+    place: str, options: tuple[str, ...], message: str, checkpoint: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    row = json.dumps({"sentence1": "w1 w2", "sentence2": "w1", "label": 3})
+    (tmp_path / "dev.jsonl").write_text("\n".join([row] * 3))
+    where = {"checkpoint": checkpoint, "bundle": bundle.path}[place]
+    done = variator("eval", where, "--task", "stsb", "--data", tmp_path / "dev.jsonl", *options)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def interrupt_after(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:

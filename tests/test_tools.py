@@ -41,7 +41,7 @@ def test_the_front_has_a_row_per_setting(checkpoint: Path, tmp_path: Path, monke
     grid = [(2, 4, "gelu"), (4, 4, "gelu"), (4, 8, "gelu"), (4, 8, "tanh")]
     monkeypatch.setattr(front, "GRID", grid)
     (tmp_path / "corpus.txt").write_text("\n".join(f"w{i} a b w{i % 7} c" for i in range(200)))
-    record = front.measure(str(checkpoint), "toy", [tmp_path / "corpus.txt"], 3)
+    record = front.measure(str(checkpoint), "toy", [tmp_path / "corpus.txt"], tmp_path / "fits", 3)
     rows = record["rows"]
     assert [(row["ratio"], row["rank"], row["activation"]) for row in rows] == grid
     left = [row["ffn_flops_left"] for row in rows]

@@ -12,8 +12,8 @@ teacher's variance, mean over layers, smoothed over the last steps). Costs count
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,11 @@ GRID = [
 ]
 
 
-def measure(model: str, name: str, corpora: list[Path], steps: int = STEPS) -> dict[str, Any]:
-    """The record of a model that is called `name`: a row per setting."""
+def measure(model: str, name: str, corpora: list[Path], place: Path, steps: int = STEPS) -> dict[str, Any]:
+    """The record of a model that is called `name`: a row per setting. An interrupted call goes on from `place`."""
     backbone, corpus = load_backbone(model, None, name), read_corpus(corpora)
     configs = tuple(PluginConfig(k, rank, kind, name=f"front-{kind}-{k}-{rank}") for k, rank, kind in GRID)
-    with tempfile.TemporaryDirectory() as place:
-        plugins = train(backbone, corpus, TrainSettings(configs, local_steps=steps, steps=0), Path(place))
+    plugins = train(backbone, corpus, TrainSettings(configs, local_steps=steps, steps=0), place)
     whole = layer_flops(backbone.config, SEQUENCE, {})
     ffn = 4.0 * SEQUENCE * backbone.config.hidden_size * backbone.config.intermediate_size
     parameters = sum(tensor.numel() for tensor in backbone.model.parameters())
@@ -120,5 +119,8 @@ if __name__ == "__main__":
     elif sys.argv[1] == "picture":
         write_atomically(Path(sys.argv[3]), picture(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))))
     else:
-        found = measure(sys.argv[1], sys.argv[2], [Path(name) for name in sys.argv[4:]])
-        write_atomically(Path(sys.argv[3]), json.dumps(found, indent=1) + "\n")
+        output = Path(sys.argv[3])
+        fits = output.with_suffix(".fits")
+        found = measure(sys.argv[1], sys.argv[2], [Path(name) for name in sys.argv[4:]], fits)
+        write_atomically(output, json.dumps(found, indent=1) + "\n")
+        shutil.rmtree(fits)

@@ -304,7 +304,9 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Batches per step (and process).", min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = 2e-3,
     local_rate: Annotated[float, typer.Option(help="Peak learning rate of the layer-local stage.")] = 3e-3,
-    task_weight: Annotated[float, typer.Option(help="Weight of a task's own loss beside the distillation.")] = 1.0,
+    task_weight: Annotated[
+        float | None, typer.Option(help="Weight of a task's own loss beside the distillation; 1 by default.")
+    ] = None,
     evaluate_every: Annotated[int, typer.Option(help="Steps between scores on --dev.", min=1)] = 250,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
@@ -333,9 +335,15 @@ def train(
 
     if bool(corpus) == bool(task):
         raise InputError("train on plain text or on a task", valid="either --corpus FILE … or --task NAME")
+    if data and not task:
+        raise InputError("--data is for a --task", fix="--corpus FILE for text, --dev FILE for a development set")
+    if task_weight is not None and not task:
+        raise InputError("--task-weight is for a --task", fix="leave it out")
     if dev and task:
         raise InputError("--dev is for plain text", fix=f"--data DIR with DIR/{task}/dev.jsonl")
     shape = (rank, activation, keys_values, keys_values_rank, first_alone, setting)
+    if budget is not None and local_steps is not None:
+        raise InputError("--budget fits its candidates for a fixed number of steps", fix="leave --local-steps out")
     plan = Plan(keys(ratio), tuple(preset or ()), budget, start, *shape)
     before = plan.before()
     settings = TrainSettings(
@@ -346,7 +354,7 @@ def train(
         accumulate=accumulate,
         local_rate=local_rate,
         learning_rate=learning_rate,
-        weights=Weights(task=task_weight),
+        weights=Weights() if task_weight is None else Weights(task=task_weight),
         seed=seed,
         precision=precision,
         evaluate_every=evaluate_every,
@@ -411,7 +419,9 @@ def finetune(
     if as_json:
         _print_json({"directory": str(output), "model": model, "split": split.label, "settings": asdict(settings)})
         return
-    Console().print(Text(f"in {output}; next: variator train {output} --task {task} --ratio 4 --from PLUGINS -o DIR"))
+    where = f" --data {data}" if data else ""
+    follow = f"variator train {output} --task {task}{where} --ratio 4 --from PLUGINS -o DIR"
+    Console().print(Text(f"in {output}; next: {follow}"))
 
 
 @app.command(short_help="What every ratio costs on every task: fine-tune, adapt, export, score.")
@@ -439,6 +449,9 @@ def quality(
     from variator.tasks.catalogue import TASKS, task_named
 
     _check_places(json_file, picture)
+    if picture:
+        import matplotlib  # noqa: F401
+
     settings = tasks.QualitySettings(
         output,
         tuple(task_named(one).name for one in task or TASKS),
@@ -492,7 +505,7 @@ def evaluate(
     place: Annotated[str, typer.Argument(help="A bundle, or a checkpoint's directory or hub id.")],
     task: Annotated[str, typer.Option(help="mnli, qnli, qqp, rte, sst2, mrpc, squad or stsb.")],
     ratio: Annotated[
-        list[str] | None, typer.Option(help="Ratios or names beside 1; a bundle's own by default.")
+        list[str] | None, typer.Option(help="Ratios or names beside 1; all that the bundle or --plugin has by default.")
     ] = None,
     plugin: Annotated[Path | None, typer.Option(help="Directory of plugins, instead of the bundle's or ours.")] = None,
     data: DataOption = None,
@@ -506,7 +519,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score a bundle's engine, or a checkpoint in PyTorch, on a task's development split."""
-    from variator.bench.evaluate import EvalSettings, as_rows, record_scores
+    from variator.bench.evaluate import CHOSEN, EvalSettings, as_rows, record_scores
     from variator.bench.evaluate import evaluate as verb
     from variator.tasks.catalogue import task_named
     from variator.tasks.read import read_split
@@ -527,6 +540,8 @@ def evaluate(
     table = Table("ratio", "engine", "precision", *found[0].scores, "change", title=f"{found[0].model}, {split.label}")
     for row in as_rows(found):
         table.add_row(*row)
+    if any(one.chosen for one in found):
+        table.caption = f"{CHOSEN} this split chose the plugin while it was trained: flattered"
     Console().print(table)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from variator.errors import BundleError, InputError, VariatorError
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -121,20 +123,43 @@ def directory_written_whole(final: Path, *, replace: bool = False) -> Iterator[P
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Be the only process that makes `place` while the block runs; a hidden file beside it is the lock.
+
+    Raises:
+        InputError: If another one is at it.
+    """
+    with disk_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.with_name(f".{place.name}.lock")
+        lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(f"another process is making {place}", fix="wait for it, or choose another -o") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
 def claim(place: Path, made_from: Any, *, anew: bool = False) -> None:
     """Mark the directory of work that may be interrupted with what it is made from: only the same goes on in it.
 
     Args:
         made_from: A JSON value.
-        anew: Whether to throw away what lies there.
+        anew: Whether to throw away something else that was begun there.
 
     Raises:
         InputError: If something else was begun there.
     """
     key, mark = sha256_of_json(made_from), place / "made-from.sha256"
-    if anew:
+    same = mark.exists() and mark.read_text(encoding="utf-8") == key
+    if not same and (anew or not mark.exists()):  # without its mark nobody knows what it is
         shutil.rmtree(place, ignore_errors=True)
-    elif mark.exists() and mark.read_text(encoding="utf-8") != key:
+    elif not same:
         raise InputError(
             f"{place} holds work that was begun with another model, data or settings",
             fix="repeat that command to finish it, choose another -o, or start anew with --overwrite",

@@ -100,7 +100,7 @@ def test_truncation_keeps_the_special_tokens(runtime: Runtime, backbone: Backbon
         ([[1.5]], "input 0"),
         ([[1, -1]], "token id -1"),
         ([[1, 120]], "token id 120"),
-        ([("w1", "")], "empty text"),
+        ([("", " ")], "empty text"),
         ([b"w1"], "input 0"),
         ([5], "input 0"),
         ([None], "input 0"),

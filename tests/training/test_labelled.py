@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from tests.conftest import lively, write_checkpoint
 from tests.tasks.toys import write_tasks
-from variator.bench.evaluate import EvalSettings, evaluate
+from variator.bench.evaluate import CHOSEN, EvalSettings, as_rows, evaluate
+from variator.engines.build import build
 from variator.errors import InputError, PluginError, VariatorError
 from variator.exporters.export import ExportSettings, export
+from variator.files import alone
 from variator.tasks.catalogue import TASKS
 from variator.tasks.read import read_split
 from variator.toolkit.checkpoint import Backbone, load_backbone
@@ -103,7 +105,6 @@ def test_scores_are_recorded_in_the_plugin_files(checkpoint: Path, backbone: Bac
 
 
 def test_a_bundle_and_its_checkpoint_score_alike(tuned: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    from variator.engines.build import build
 
     for task in ("rte", "squad"):
         backbone = load_backbone(str(tuned[task]))
@@ -220,8 +221,72 @@ def test_labels_in_another_order_are_refused(tuned: dict[str, Path], data: Path,
     config |= {"id2label": {"0": "NOT_ENTAILMENT", "1": "entailment"}}
     config["label2id"] = {"NOT_ENTAILMENT": 0, "entailment": 1}
     (place / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="in the order not_entailment, entailment"):
+    wrong = "in the order not_entailment, entailment"
+    with pytest.raises(InputError, match=wrong):
         TaskJudge(split, load_backbone(str(place)))
+    with pytest.raises(InputError, match=wrong):
+        evaluate(place, split, EvalSettings())
+    bundle = export(str(place), tmp_path / "bundle", ExportSettings())
+    build(bundle.path, "onnxruntime", "fp32")
+    with pytest.raises(InputError, match=wrong):
+        evaluate(bundle.path, split, EvalSettings())
+
+
+def test_only_a_checkpoint_is_overwritten_by_fine_tuning(bert: Path, data: Path, tmp_path: Path) -> None:
+    split, settings = read_split(TASKS["rte"], "train", data), FinetuneSettings(overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is no checkpoint"):
+        finetune(str(bert), split, tmp_path / "mine", settings)
+    with pytest.raises(InputError, match="what is to be fine-tuned"):
+        finetune(str(bert), split, bert, settings)
+    assert (tmp_path / "mine" / "notes.txt").exists() and (bert / "config.json").exists()
+
+
+def test_an_epoch_that_was_killed_while_it_was_saved_is_passed_over(bert: Path, data: Path, tmp_path: Path) -> None:
+    split, settings = read_split(TASKS["sst2"], "train", data), FinetuneSettings(epochs=3, precision="fp32")
+
+    def stop(step: int, of: int) -> None:
+        if step == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(str(bert), split, tmp_path / "out", settings, stop)
+    scratch = tmp_path / ".out.training"
+    (whole,) = scratch.glob("checkpoint-*")
+    assert whole.name == "checkpoint-26"  # 13 steps in an epoch
+    (scratch / "checkpoint-39").mkdir()
+    (scratch / "checkpoint-39" / "model.safetensors").write_bytes(b"half")
+    steps: list[int] = []
+    finetune(str(bert), split, tmp_path / "out", settings, lambda step, of: steps.append(step))
+    assert steps == [*range(27, 40)]
+
+
+def test_two_processes_do_not_make_one_thing(bert: Path, data: Path, tmp_path: Path) -> None:
+    split, settings = read_split(TASKS["rte"], "train", data), FinetuneSettings(epochs=1, precision="fp32")
+    with alone(tmp_path / "out"), pytest.raises(InputError, match="another process is making"):
+        finetune(str(bert), split, tmp_path / "out", settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_takes_the_plugins_of_a_directory_and_says_if_the_split_chose_them(
+    tuned: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    backbone, split = load_backbone(str(tuned["sst2"])), read_split(TASKS["sst2"], "dev", data)
+    chosen = replace(SETTINGS, steps=20)
+    train(backbone, Labelled(read_split(TASKS["sst2"], "train", data), backbone), chosen, tmp_path / "plain")
+    judge = TaskJudge(split, backbone)
+    train(
+        backbone, Labelled(read_split(TASKS["sst2"], "train", data), backbone), chosen, tmp_path / "judged", judge=judge
+    )
+    for name, flattered in (("plain", False), ("judged", True)):
+        found = evaluate(tuned["sst2"], split, EvalSettings(plugins=tmp_path / name))
+        assert [one.ratio for one in found] == [1, 2, 4]
+        assert [one.chosen for one in found] == [False, flattered, flattered]
+        assert [CHOSEN in row[-1] for row in as_rows(found)] == [one.chosen and one.drop is not None for one in found]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(PluginError, match="no plugin in"):
+        evaluate(tuned["sst2"], split, EvalSettings(plugins=tmp_path / "none"))
 
 
 def test_batches_have_labels_and_depend_on_their_index_alone(tuned: dict[str, Path], data: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from variator.errors import PluginError
+from variator.errors import InputError, PluginError
 from variator.tasks.read import Split
-from variator.tasks.score import Scores, check_head, score
-from variator.toolkit.plugin_file import find_plugin, load_named, save_plugin
+from variator.tasks.score import Scores, check_head, check_labels, score
+from variator.toolkit.bundle import MANIFEST
+from variator.toolkit.plugin_file import Plugin, find_plugin, keys_in, load_named, save_plugin
 from variator.toolkit.plugin_format import Key, file_name, in_order
 from variator.toolkit.rows import Encode
+
+CHOSEN = "*"
+"""Behind a change that was measured on the split that chose the plugin."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class EvalSettings:
     """What to score.
 
     Args:
-        ratios: Beside 1; none takes all that a bundle has.
+        ratios: Beside 1; none takes all that the bundle or `plugins` has.
         plugins: Directory of plugin files, instead of those that ship or are in the bundle.
         engine, precision, threads: Of a bundle, as for `Runtime.open`.
         kind: What a checkpoint is a model for; detected by default.
@@ -43,7 +48,8 @@ class Evaluation:
     Args:
         split: What they were measured on; says so if it is a sample.
         scores: By metric, the one that counts first.
-        drop: Relative loss of that metric against ratio 1 of the same engine, 0.01 is 1 %.
+        drop: Relative loss of that metric against ratio 1 of the same engine, 0.01 is 1 %; None if that scored 0.
+        chosen: Whether this very split chose the plugin while it was trained, which flatters the scores.
     """
 
     model: str
@@ -52,7 +58,8 @@ class Evaluation:
     engine: str
     precision: str
     scores: Scores
-    drop: float
+    drop: float | None
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,26 @@ class Subject:
 
     model: str
     task: str
+    labels: Sequence[str]
     engine: str
     precision: str
     tokenizer: Tokenizer
     limit: int
     encoders: dict[Key, Encode]
+    training: Mapping[Key, Mapping[str, Any]]
+
+
+def check_options(place: str | Path, settings: EvalSettings) -> None:
+    """Raise `InputError` for a setting that would have no effect."""
+    if (Path(place) / MANIFEST).exists():
+        if settings.kind:
+            raise InputError(f"a bundle knows what it is for, not --kind {settings.kind}", fix="leave --kind out")
+    elif settings.engine != "auto" or settings.precision or settings.threads:
+        raise InputError(
+            "a checkpoint is scored in PyTorch, in fp32",
+            valid="--engine, --precision and --threads for a bundle",
+            fix="variator export and build it first, or leave them out",
+        )
 
 
 def evaluate(
@@ -78,25 +100,29 @@ def evaluate(
         split: Of a task whose head the model has.
 
     Raises:
-        InputError: If the model is for another task.
+        InputError: If the model is for another task, or a setting would have no effect.
         PluginError: If there is no plugin of a ratio.
     """
+    check_options(place, settings)
     with _opened(place, settings) as subject:
         check_head(split.task, subject.task, subject.model)
+        check_labels(split.task, subject.labels, subject.model)
         found: list[Evaluation] = []
         for ratio, encode in subject.encoders.items():
             on_stage(f"{split.label} at ratio {ratio}")
             scores = score(split, encode, subject.tokenizer, subject.limit)
             whole = found[0].scores if found else scores
             metric = split.task.metrics[0]
-            drop = 1 - scores[metric] / whole[metric] if whole[metric] else 0.0
-            found.append(Evaluation(subject.model, split.label, ratio, subject.engine, subject.precision, scores, drop))
+            drop = 1 - scores[metric] / whole[metric] if whole[metric] else None
+            judged = subject.training.get(ratio, {}).get("score", {}).get("metric")
+            how = (subject.engine, subject.precision)
+            found.append(Evaluation(subject.model, split.label, ratio, *how, scores, drop, judged == split.criterion))
         return found
 
 
 @contextmanager
 def _opened(place: str | Path, settings: EvalSettings) -> Iterator[Subject]:
-    if (Path(place) / "manifest.json").exists():
+    if (Path(place) / MANIFEST).exists():
         with _bundle(Path(place), settings) as subject:
             yield subject
     else:
@@ -108,22 +134,27 @@ def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
     from variator.engines.runtime import DEFAULT, Runtime
 
     with Runtime.open(path, settings.engine, settings.precision, settings.threads) as runtime:
+        manifest = runtime.bundle.manifest
+        training = {ratio: entry.training for ratio, entry in manifest.ratios.items()}
         if settings.plugins is not None:
             runtime.plug(DEFAULT, settings.plugins)
+            keys = (key for key in runtime.plugins[DEFAULT] if key != 1)
+            training = {key: load_named(settings.plugins / file_name(key)).training for key in keys}
         ratios = in_order({1, *(settings.ratios or runtime.plugins[DEFAULT])})
 
         def encoder(ratio: Key) -> Encode:
             return lambda inputs: runtime.infer(inputs, ratio=ratio, truncate=True).outputs
 
-        manifest = runtime.bundle.manifest
         yield Subject(
             manifest.model,
             manifest.task,
+            manifest.labels,
             runtime.engine,
             runtime.load(1).precision,
             runtime.tokenizer,
             manifest.max_length,
             {ratio: encoder(ratio) for ratio in ratios},
+            training,
         )
 
 
@@ -132,16 +163,29 @@ def _checkpoint(model: str, settings: EvalSettings) -> Subject:
     from variator.training.student import answering
 
     backbone = load_backbone(model, settings.kind)
-    encoders: dict[Key, Encode] = {}
-    for ratio in in_order({1, *settings.ratios}):
+    plugins: dict[Key, Plugin] = {}
+    encoders: dict[Key, Encode] = {1: answering(backbone, None)}
+    for ratio in in_order({*settings.ratios} or (keys_in(settings.plugins) if settings.plugins else ())):
         plugin = find_plugin(backbone, ratio, settings.plugins) if ratio != 1 else None
-        if ratio != 1 and plugin is None:
+        if plugin is not None:
+            plugins[ratio], encoders[ratio] = plugin, answering(backbone, plugin)
+        elif ratio != 1:
             raise PluginError(
                 f"there is no plugin of ratio {ratio} for {backbone.id}", fix="--plugin DIR, or train one first"
             )
-        encoders[ratio] = answering(backbone, plugin)
-    tokenizer = backbone.tokenizer.backend_tokenizer
-    return Subject(backbone.id, backbone.task, "torch", "fp32", tokenizer, backbone.max_length, encoders)
+    if settings.plugins is not None and not plugins:
+        raise PluginError(f"there is no plugin in {settings.plugins}", valid="ratio-<k>.safetensors, as train writes")
+    return Subject(
+        backbone.id,
+        backbone.task,
+        backbone.labels,
+        "torch",
+        "fp32",
+        backbone.tokenizer.backend_tokenizer,
+        backbone.max_length,
+        encoders,
+        {key: plugin.training for key, plugin in plugins.items()},
+    )
 
 
 def record_scores(found: Sequence[Evaluation], directory: Path) -> None:
@@ -173,7 +217,7 @@ def as_rows(found: Sequence[Evaluation]) -> list[list[str]]:
             one.engine,
             one.precision,
             *(f"{value:.4f}" for value in one.scores.values()),
-            "-" if one.ratio == 1 else f"{-one.drop:+.2%}",
+            "-" if one.ratio == 1 or one.drop is None else f"{-one.drop:+.2%}{CHOSEN if one.chosen else ''}",
         ]
         for one in found
     ]

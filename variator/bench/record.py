@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,17 @@ class Machine:
     features: list[str]
     system: str
     date: str
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that measurements depend on."""
+    versions = {}
+    for package in ("variator", "onnxruntime", "openvino", "torch", "transformers", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def this_machine() -> Machine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from variator.bench.record import (
     Quality,
     Record,
     Result,
+    package_versions,
     this_machine,
 )
 from variator.engines.base import Feed
@@ -133,7 +133,7 @@ def bench(
         machine=this_machine(),
         model=_model(bundle),
         command=command,
-        versions=_versions(),
+        versions=package_versions(),
         plugins=_plugins(bundle, ratios),
         flops=_flops(settings, ratios, flops),
         results=results,
@@ -401,16 +401,6 @@ def _padded_feed(runtime: Runtime, texts: Sequence[Input]) -> Feed:
 def _model(bundle: Bundle) -> Model:
     m = bundle.manifest
     return Model(m.model, m.family, m.task, m.hidden_size, m.layers, m.parameters, m.real, str(bundle.path))
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("variator", "onnxruntime", "openvino", "torch", "transformers", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _plugins(bundle: Bundle, ratios: Sequence[Key]) -> list[Plugin]:

@@ -6,7 +6,6 @@ where it stopped. What is scored is what is deployed: the exported graphs in an 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,9 +14,9 @@ from typing import Any
 
 from variator.bench.drawing import line_picture
 from variator.bench.evaluate import EvalSettings, Evaluation, evaluate
-from variator.bench.record import Machine, this_machine
+from variator.bench.record import Machine, package_versions, this_machine
 from variator.bench.wording import markdown_table
-from variator.engines.build import build
+from variator.engines.build import build, resolve
 from variator.errors import InputError, PluginError
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
@@ -31,6 +30,7 @@ from variator.toolkit.plugin_format import Key, file_name, in_order, parse_key
 from variator.training.finetune import FinetuneSettings, finetune
 from variator.training.labelled import Labelled, check_backbone, items
 from variator.training.settings import TrainSettings
+from variator.training.train import check_start
 from variator.training.train import train as adapt
 
 SCHEMA = "variator.quality/1"
@@ -158,7 +158,10 @@ def quality(
     """
     backbone = load_backbone(model, "hidden", name)
     chosen = asdict(settings) | {"work": "", "data": str(settings.data), "plugins": str(settings.plugins)}
-    start = _start(backbone, settings)  # before hours are spent
+    # All that can be wrong is found before hours are spent.
+    resolve(settings.engine, settings.precision)
+    start = _start(backbone, settings)
+    check_start(backbone, _adaptation(start, settings, settings.steps), start)
     splits = {
         task: (read_split(TASKS[task], "train", settings.data), read_split(TASKS[task], "dev", settings.data))
         for task in settings.tasks
@@ -167,14 +170,12 @@ def quality(
         check_backbone(splits["stsb"][1], load_backbone(model))
     jobs = [_Job(model, backbone, *pair, start, settings, on_stage) for pair in splits.values()]
     rows = [row for job in jobs for row in job.rows()]
-    packages = ("variator", "onnxruntime", "openvino", "torch", "transformers")
-    versions = {package: importlib.metadata.version(package) for package in packages}
     notes = [
         "The last plugins of every adaptation, chosen by no score: the development split was read at the end.",
         "STS-B: backbone and plugins as they are, adapted to nothing.",
     ]
     plain = json.loads(json.dumps(chosen))  # as a record that is read back has it
-    return QualityRecord(this_machine(), backbone.id, command, versions, plain, rows, notes)
+    return QualityRecord(this_machine(), backbone.id, command, package_versions(), plain, rows, notes)
 
 
 def _start(backbone: Backbone, settings: QualitySettings) -> list[Plugin]:
@@ -185,6 +186,18 @@ def _start(backbone: Backbone, settings: QualitySettings) -> list[Plugin]:
     if missing := [ratio for ratio, plugin in found.items() if plugin is None]:
         raise PluginError(f"no plugin of ratio {missing[0]} ships for {backbone.id}", fix="train some, and --from DIR")
     return [plugin for plugin in found.values() if plugin is not None]
+
+
+def _adaptation(start: Sequence[Plugin], settings: QualitySettings, steps: int) -> TrainSettings:
+    """How the pre-trained plugins are trained on."""
+    return TrainSettings(
+        tuple(plugin.config for plugin in start),
+        local_steps=0,
+        steps=steps,
+        tokens=settings.tokens,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+    )
 
 
 @dataclass(frozen=True)
@@ -256,14 +269,7 @@ class _Job:
             return
         backbone = load_backbone(tuned)
         data = Labelled(self.train, backbone)
-        chosen = TrainSettings(
-            tuple(plugin.config for plugin in self.start),
-            local_steps=0,
-            steps=steps,
-            tokens=settings.tokens,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
-        )
+        chosen = _adaptation(self.start, settings, steps)
         tell = _every(lambda step, steps: self._say(f"adapting, step {step} of {steps}"))
         adapt(backbone, data, chosen, output, lambda progress: tell(progress.step, progress.steps), start=self.start)
 
@@ -284,6 +290,8 @@ class _Job:
 def _row(one: Evaluation, first: Evaluation, bundle: Bundle, job: _Job, steps: int) -> Row:
     """A ratio's scores, with those of ratio 1 and what the bundle says of the plugin."""
     ratio, dev, entry = one.ratio, job.dev, bundle.ratio(one.ratio)
+    if one.drop is None:
+        raise InputError(f"{first.model} scores 0 on {dev.label} at ratio 1: nothing can be compared with that")
     sequence = LENGTHS.get(dev.task.name, USUAL_LENGTH)
     whole, here = (count_flops(bundle.path / bundle.ratio(key).graph, sequence)["total"] for key in (1, ratio))
     metric = dev.task.metrics[0]

@@ -294,7 +294,7 @@ class Runtime:
             return Row(ids, list(value.types)[: len(ids)])
         texts = (value,) if isinstance(value, str) else value
         if isinstance(texts, tuple) and 1 <= len(texts) <= 2 and all(isinstance(text, str) for text in texts):
-            if not all(str(text).strip() for text in texts):
+            if not any(str(text).strip() for text in texts):
                 raise InputError(f"input {index} is an empty text", valid="a text with at least one character")
             tokenizer = self._truncating if truncate else self._tokenizer
             try:

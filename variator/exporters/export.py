@@ -301,4 +301,5 @@ def _manifest(
         files=list_files(directory),
         layout=PER_RATIO if profile is None else SHARED,
         shared=profile,
+        labels=list(backbone.labels),
     )

@@ -60,6 +60,11 @@ class Split:
             part = f" ({count:,} rows, the official split has {official:,})"
         return f"{self.task.name} {self.name}{part}"
 
+    @property
+    def criterion(self) -> str:
+        """The score that counts on it: `accuracy, sst2 dev`."""
+        return f"{self.task.metrics[0]}, {self.label}"
+
 
 def read_split(task: Task, name: str, data: Path | None = None) -> Split:
     """Read a split from files in `data`, or from the hub without it.
@@ -169,6 +174,9 @@ def _example(task: Task, row: Any, place: str) -> Example:
     if missing:
         raise CorpusError(f"{place}: no text {missing[0]!r}", valid=f"the fields {', '.join(task.fields)}")
     texts = tuple(row[field] for field in task.fields)
+    full = [bool(text.strip()) for text in texts]
+    if not any(full) or (task.head == "embed" and not all(full)):  # one side of a pair may be empty: QQP has such
+        raise CorpusError(f"{place}: empty text", valid="a text with at least one character")
     if task.name == "squad":
         return Example(texts, 0, _answers(row, place))
     label = row.get("label")

@@ -54,6 +54,21 @@ def check_head(task: Task, head: str, model: str) -> None:
     )
 
 
+def check_labels(task: Task, labels: Sequence[str], model: str) -> None:
+    """Raise `InputError` if a classifier's classes are not the task's, or are so in another order.
+
+    Args:
+        labels: Of its classes, in order; names that are none of the task's say nothing.
+    """
+    if labels and task.classes and len(labels) != task.classes:
+        raise InputError(f"{model} has {len(labels)} classes, {task.name} has {task.classes}")
+    found = [label.lower().replace("-", "_") for label in labels]
+    if sorted(found) == sorted(task.labels) and found != list(task.labels):
+        raise InputError(
+            f"{model} has its labels in the order {', '.join(found)}", valid=f"{task.name}: {', '.join(task.labels)}"
+        )
+
+
 def similarities(encode: Encode, examples: Sequence[Example]) -> npt.NDArray[np.float32]:
     """Cosine of the two embeddings of every pair: [examples]."""
     first, second = (encode([example.texts[side] for example in examples])["embedding"] for side in (0, 1))

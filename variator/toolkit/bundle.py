@@ -103,7 +103,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says about itself; the fields of `manifest.json`."""
+    """What a bundle says about itself; the fields of `manifest.json`.
+
+    Args:
+        labels: Of a classifier's classes, in order; empty for other tasks, and in bundles written before it was there.
+    """
 
     versions: dict[str, str]
     model: str
@@ -124,6 +128,7 @@ class Manifest:
     files: dict[str, FileEntry]
     layout: str = PER_RATIO
     shared: SharedProfile | None = None
+    labels: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:

@@ -111,6 +111,14 @@ class Backbone:
         return OUTPUTS[self.task]
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of a classifier's classes, in order; empty for other tasks."""
+        if not isinstance(self.model.head, ClassifyHead):
+            return ()
+        named = self.original.config.id2label or {}
+        return tuple(str(named.get(place, "")) for place in range(self.model.head.output.weight.shape[1]))
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
         return ("input_ids", "attention_mask") + (("token_type_ids",) if self.token_types else ())

@@ -20,7 +20,16 @@ from safetensors.numpy import save
 
 from variator.errors import InputError, PluginError, VariatorError
 from variator.files import disk_errors, write_atomically
-from variator.toolkit.plugin_format import EXTENDED_FORMAT, PLUGIN_FORMAT, Key, PluginConfig, file_name, tensor_shapes
+from variator.toolkit.plugin_format import (
+    EXTENDED_FORMAT,
+    PLUGIN_FORMAT,
+    Key,
+    PluginConfig,
+    file_name,
+    in_order,
+    parse_key,
+    tensor_shapes,
+)
 
 if TYPE_CHECKING:
     from variator.toolkit.checkpoint import Backbone
@@ -295,6 +304,12 @@ def load_named(path: Path) -> Plugin:
             fix="plugin files are named by their ratio; rename it back",
         )
     return plugin
+
+
+def keys_in(directory: Path) -> list[Key]:
+    """Ratios and names of the plugin files in a directory."""
+    names = [path.stem for path in directory.glob("*.safetensors")]
+    return in_order({parse_key(name.split("-", 1)[1]) for name in names if name.startswith(("ratio-", "setting-"))})
 
 
 def find_plugin(backbone: Backbone, key: Key, directory: Path | None = None) -> Plugin | None:

@@ -28,6 +28,7 @@ from variator.toolkit.plugin_file import Plugin, load_plugin, save_plugin
 from variator.toolkit.plugin_format import LayerSites, PluginConfig, SiteSize, file_name, layer_operands, scheduled
 from variator.training.batch import Batch, Data
 from variator.training.objective import normalised_error
+from variator.training.processes import Processes
 from variator.training.run import Progress
 from variator.training.settings import TrainSettings
 from variator.training.train import train
@@ -198,13 +199,29 @@ def within_budget(
     name = name or f"s{round(100 * budget)}"
     place = directory / f"{name}.choice"
     path = place / file_name(name)
-    fitted = {"activation": settings.plugins[0].activation, "tokens": settings.tokens, "seed": settings.seed}
-    claim(place, [budget, fitted, CANDIDATES, FIT_STEPS, backbone.fingerprint, data.record()], anew=overwrite)
-    if not path.exists():
+    fitted = {
+        "activation": settings.plugins[0].activation,
+        "tokens": settings.tokens,
+        "accumulate": settings.accumulate,
+        "rate": settings.local_rate,
+        "seed": settings.seed,
+    }
+    processes = Processes()
+    if processes.main:
+        if overwrite:
+            shutil.rmtree(place, ignore_errors=True)
+        claim(place, [budget, fitted, CANDIDATES, FIT_STEPS, backbone.fingerprint, data.record()])
+    processes.wait()
+    chosen = path.exists()
+    processes.wait()  # all have looked
+    if not chosen:
         choice = choose(backbone, data, budget, name, settings, place / "fits", on_step, CANDIDATES)
-        write_atomically(place / "choice.json", choice.to_json())
-        save_plugin(choice.start, place)
-        shutil.rmtree(place / "fits", ignore_errors=True)
+        processes.wait()  # all have read the fits
+        if processes.main:
+            write_atomically(place / "choice.json", choice.to_json())
+            save_plugin(choice.start, place)
+            shutil.rmtree(place / "fits", ignore_errors=True)
+        processes.wait()
     # As the file has it, so that a resumed run starts from the same numbers.
     start = load_plugin(path)
     return replace(settings, plugins=(start.config,), local_steps=0), [start]
@@ -254,6 +271,9 @@ def cheapest(
                 if cost <= GRAIN and (cost not in following or error + more < following[cost][0]):
                     following[cost] = error + more, (*chosen, size)
         best = following
-    if not best:
+    if best:
+        return list(min(best.values())[1])
+    least = min(costs, key=lambda size: costs[size])
+    if len(errors) * costs[least] > limit:
         raise InputError("no choice of candidates stays within the budget", fix="a smaller --budget")
-    return list(min(best.values())[1])
+    return [least] * len(errors)  # only rounding stood against it

@@ -6,6 +6,7 @@ none: it is scored by embeddings as they are.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from variator.errors import BackboneError, InputError, VariatorError
-from variator.files import claim, directory_written_whole
+from variator.files import alone, claim, directory_written_whole
 from variator.tasks.read import Split
 from variator.toolkit.checkpoint import AUTO_CLASSES, Backbone, load_backbone
 from variator.training.labelled import items
@@ -62,18 +63,17 @@ def finetune(
 ) -> Path:
     """Fine-tune a checkpoint on a task's training split and write it to `output`.
 
-    An interrupted run goes on from its last epoch: what it needs lies beside `output` until it is done.
+    An interrupted run goes on from its last epoch when it is called again with the same arguments: what it needs lies
+    beside `output` until it is done.
 
     Args:
         model: Directory or hub id of an encoder.
         on_step: Told the step and how many there are.
 
     Raises:
-        InputError: For a task that needs no fine-tuned backbone, or an `output` that is there.
+        InputError: For a task that needs no fine-tuned backbone, or an `output` that is there or being made.
         BackboneError: If the checkpoint cannot be loaded.
     """
-    import transformers
-
     if split.task.head not in ("classify", "qa"):
         raise InputError(
             f"{split.task.name} is scored by embeddings as they are",
@@ -82,7 +82,25 @@ def finetune(
         )
     if output.exists() and not settings.overwrite:
         raise InputError(f"{output} exists already", fix="choose another -o, or pass --overwrite")
+    if output.exists() and not (output / "config.json").exists():
+        raise InputError(f"{output} exists and is no checkpoint, so it is not overwritten", fix="choose another -o")
+    if output.resolve() == Path(model).resolve():
+        raise InputError(f"{output} is what is to be fine-tuned, so it is not overwritten", fix="choose another -o")
     processes = Processes()
+    with alone(output) if processes.main else contextlib.nullcontext():
+        return _finetune(model, split, output, settings, processes, on_step)
+
+
+def _finetune(
+    model: str,
+    split: Split,
+    output: Path,
+    settings: FinetuneSettings,
+    processes: Processes,
+    on_step: Callable[[int, int], None],
+) -> Path:
+    import transformers
+
     transformers.set_seed(settings.seed)  # before the head is made
     backbone = load_backbone(model, "hidden")
     rows = _rows(backbone, split)
@@ -105,7 +123,7 @@ def finetune(
         callbacks=[Tell()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    result = trainer.train(resume_from_checkpoint=bool(list(scratch.glob("checkpoint-*"))))
+    result = trainer.train(resume_from_checkpoint=_last_epoch(scratch))
     if not math.isfinite(result.training_loss):
         shutil.rmtree(scratch, ignore_errors=True)
         raise VariatorError(
@@ -118,6 +136,12 @@ def finetune(
         shutil.rmtree(scratch, ignore_errors=True)
     processes.wait()
     return output
+
+
+def _last_epoch(scratch: Path) -> str | None:
+    """The newest checkpoint that was written to its end: Trainer writes its state last."""
+    whole = [path for path in scratch.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def _arguments(scratch: Path, examples: int, settings: FinetuneSettings, processes: Processes) -> Any:

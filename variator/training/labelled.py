@@ -13,10 +13,9 @@ import torch
 from variator.errors import InputError
 from variator.tasks.catalogue import task_named
 from variator.tasks.read import Split, read_split
-from variator.tasks.score import Scores, check_head, score
+from variator.tasks.score import Scores, check_head, check_labels, score
 from variator.tasks.squad import windows
 from variator.toolkit.checkpoint import Backbone
-from variator.toolkit.heads import ClassifyHead
 from variator.toolkit.rows import Encode, Row
 from variator.training.batch import Batch, batch_of, fitting
 from variator.training.student import tokenise
@@ -82,29 +81,17 @@ def together(chosen: Sequence[Item], token_types: bool) -> Batch:
 
 def check_backbone(split: Split, backbone: Backbone) -> None:
     """Raise `InputError` unless the backbone has the head that the task needs, with its labels in its order."""
-    task = split.task
-    check_head(task, backbone.task, backbone.id)
-    head = backbone.model.head
-    if not isinstance(head, ClassifyHead):
-        return
-    if head.output.weight.shape[1] != task.classes:
-        raise InputError(f"{backbone.id} has {head.output.weight.shape[1]} classes, {task.name} has {task.classes}")
-    named = backbone.original.config.id2label or {}
-    found = [str(named.get(index, "")).lower().replace("-", "_") for index in range(task.classes)]
-    if sorted(found) == sorted(task.labels) and found != list(task.labels):
-        raise InputError(
-            f"{backbone.id} has its labels in the order {', '.join(found)}",
-            valid=f"{task.name}: {', '.join(task.labels)}",
-        )
+    check_head(split.task, backbone.task, backbone.id)
+    check_labels(split.task, backbone.labels, backbone.id)
 
 
 class TaskJudge:
-    """A split as the development set of training, and of `variator eval`."""
+    """A split as the development set of training."""
 
     def __init__(self, split: Split, backbone: Backbone) -> None:
         check_backbone(split, backbone)
         self._split, self._backbone = split, backbone
-        self.metric = f"{split.task.metrics[0]}, {split.label}"
+        self.metric = split.criterion
         self.origin = split.origin
 
     def scores(self, encode: Encode) -> Scores:

@@ -1,8 +1,8 @@
 """The processes of one training run: alone, or started by `accelerate launch` or `torchrun`.
 
 The backbone is frozen, so all that processes have to agree on are the plugins' gradients: a few hundred thousand
-numbers, averaged in one message per step. Plugins and optimisers are the same in every process; the backbone may be
-sharded over them (FSDP) where no single one can hold it.
+numbers, averaged in one message per step and ratio. Plugins and optimisers are the same in every process; the backbone
+may be sharded over them (FSDP) where no single one can hold it.
 """
 
 from __future__ import annotations

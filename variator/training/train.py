@@ -7,13 +7,13 @@ it good. All ratios train side by side on one teacher pass. The same command run
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from variator.errors import InputError, VariatorError
-from variator.files import sha256_of_json
+from variator.files import alone, sha256_of_json
 from variator.toolkit.checkpoint import Backbone, Model
 from variator.toolkit.encoder import Linear
 from variator.toolkit.plugin import initial_tensors
@@ -79,13 +79,20 @@ def train(
         The plugins, in the order of `settings.plugins`.
 
     Raises:
-        InputError: If `directory` holds finished plugins or the state of a run with other settings.
+        InputError: If `directory` holds finished plugins or the state of a run with other settings, or is in use.
         InterruptedTrainingError: After Ctrl-C, when the state has been saved.
         DivergedError: If a loss is not finite, naming the layer; the last good state stays.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     run = _prepare(backbone, data, settings, directory, judge, start)
+    with alone(directory) if run.processes.main else contextlib.nullcontext():
+        return _train(run, on_step, overwrite)
+
+
+def _train(run: Run, on_step: Callable[[Progress], None], overwrite: bool) -> list[Plugin]:
+    """All steps that are left, and the plugins written."""
+    directory = run.directory
     state = _resume(run, overwrite)
     saved_at = time.monotonic()
     while True:
@@ -108,7 +115,7 @@ def train(
                 + (f"the state is saved in {directory}" if state.step or state.stage else "there was nothing to save"),
                 fix="run the same command again to go on (without --overwrite)",
             ) from interrupt
-    plugins = [plugin_of(run, state, config) for config in settings.plugins]
+    plugins = [plugin_of(run, state, config) for config in run.settings.plugins]
     if run.processes.main:
         for plugin in plugins:
             save_plugin(plugin, directory)
@@ -125,7 +132,7 @@ def _prepare(
     judge: Judge | None,
     start: Sequence[Plugin],
 ) -> Run:
-    _check_start(backbone, settings, start)
+    check_start(backbone, settings, start)
     processes = Processes()
     bf16 = processes.bf16(settings.precision)
     shard = settings.shard or sharding_asked_for()
@@ -156,7 +163,8 @@ def _prepare(
     return Run(backbone, data, settings, directory, judge, start, processes, bf16, model, used, key)
 
 
-def _check_start(backbone: Backbone, settings: TrainSettings, start: Sequence[Plugin]) -> None:
+def check_start(backbone: Backbone, settings: TrainSettings, start: Sequence[Plugin]) -> None:
+    """Raise `InputError` unless plugins to go on from are what the settings train, of the backbone's sizes."""
     if not start:
         return
     if (found := tuple(plugin.config for plugin in start)) != settings.plugins:
@@ -252,7 +260,7 @@ def _score(run: Run, state: State) -> None:
         write_line(run, state, entry)
 
 
-@contextmanager
+@contextlib.contextmanager
 def interrupt_deferred() -> Iterator[None]:
     """Ctrl-C inside the block takes effect behind it, so that no step is half done when the state is saved."""
     if threading.current_thread() is not threading.main_thread():
