@@ -324,31 +324,21 @@ def train(
     Ctrl-C saves, the same command goes on. In several processes: `accelerate launch -m variator train …`.
     """
     from variator.toolkit.checkpoint import load_backbone
-    from variator.training.batch import Data
     from variator.training.budget import within_budget
-    from variator.training.corpus import read_corpus
-    from variator.training.labelled import adaptation, development
     from variator.training.objective import Weights
-    from variator.training.plan import Plan
+    from variator.training.plan import Material, Plan
     from variator.training.settings import TrainSettings
     from variator.training.train import train as verb
 
-    if bool(corpus) == bool(task):
-        raise InputError("train on plain text or on a task", valid="either --corpus FILE … or --task NAME")
-    if data and not task:
-        raise InputError("--data is for a --task", fix="--corpus FILE for text, --dev FILE for a development set")
+    material = Material(tuple(corpus or ()), task, data, dev)
     if task_weight is not None and not task:
         raise InputError("--task-weight is for a --task", fix="leave it out")
-    if dev and task:
-        raise InputError("--dev is for plain text", fix=f"--data DIR with DIR/{task}/dev.jsonl")
     shape = (rank, activation, keys_values, keys_values_rank, first_alone, setting)
-    if budget is not None and local_steps is not None:
-        raise InputError("--budget fits its candidates for a fixed number of steps", fix="leave --local-steps out")
-    plan = Plan(keys(ratio), tuple(preset or ()), budget, start, *shape)
+    plan = Plan(keys(ratio), tuple(preset or ()), budget, start, *shape, local_steps)
     before = plan.before()
     settings = TrainSettings(
         tuple(plugin.config for plugin in before) or plan.configs(),
-        local_steps=plan.local_steps if local_steps is None else local_steps,
+        local_steps=plan.local,
         steps=steps,
         tokens=tokens,
         accumulate=accumulate,
@@ -365,8 +355,7 @@ def train(
         on_stage("loading the model")
         backbone = load_backbone(model, kind, name)
         on_stage("reading the texts")
-        texts: Data = adaptation(backbone, task, data) if task else read_corpus(corpus or [], seed)
-        judge = development(backbone, task, data if task else dev)
+        texts, judge = material.read(backbone, seed)
     with _training_bar() as on_step:
         if budget is not None:
             settings, before = within_budget(backbone, texts, budget, setting, settings, output, on_step, overwrite)

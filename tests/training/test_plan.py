@@ -30,6 +30,7 @@ from variator.training.plan import PRESETS, Plan
         ({"budget": 0.5, "keys_values": 4}, "chooses ratio and rank"),
         ({"budget": 0.5, "rank": 32}, "chooses ratio and rank"),
         ({"budget": 0.5, "first_alone": True}, "chooses ratio and rank"),
+        ({"budget": 0.5, "local_steps": 9}, "fixed number of steps"),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused(asked: dict[str, Any], said: str) -> None:
@@ -40,7 +41,7 @@ def test_parts_that_contradict_each_other_are_refused(asked: dict[str, Any], sai
 def test_ratios_and_presets_become_plugins_of_one_run() -> None:
     plan = Plan((2, 4), ("wide",), rank=32)
     assert plan.configs() == (PluginConfig(2, 32, "gelu"), PluginConfig(4, 32, "gelu"), PRESETS["wide"])
-    assert plan.local_steps == 800 and plan.before() == []
+    assert plan.local == 800 and plan.before() == []
     assert all(name == config.key for name, config in PRESETS.items())
 
 
@@ -60,6 +61,6 @@ def test_wrong_ratios_are_refused() -> None:
 def test_plugins_that_are_there_are_gone_on_from(backbone: Backbone, tmp_path: Path) -> None:
     save_plugin(lively(backbone, 2), tmp_path)
     plan = Plan((2,), start=tmp_path)
-    assert [plugin.config.ratio for plugin in plan.before()] == [2] and plan.local_steps == 0
+    assert [plugin.config.ratio for plugin in plan.before()] == [2] and plan.local == 0
     with pytest.raises(VariatorError, match=r"ratio-4\.safetensors"):
         Plan((4,), start=tmp_path).before()

@@ -1,4 +1,4 @@
-"""Which plugins a run trains: ratios, presets, a schedule, or files to go on from; and what contradicts what.
+"""Which plugins a run trains, and on what: what can be asked for, and what contradicts what.
 
 Called by `variator.cli`.
 """
@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from variator.errors import InputError
+from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.plugin_file import Plugin, load_named
 from variator.toolkit.plugin_format import Key, PluginConfig, check_ratio, file_name
+from variator.training.batch import Data
+from variator.training.corpus import read_corpus
+from variator.training.labelled import adaptation, development
+from variator.training.run import Judge
 
 PRESETS = {
     config.name: config
@@ -35,6 +40,7 @@ class Plan:
         presets: Names out of `PRESETS`, trained beside the ratios.
         budget: Share of the FLOPs to save by a schedule, instead of both.
         start: Directory of plugins to go on from.
+        local_steps: Of the layer-local stage; None for what is usual.
         rank, activation, keys_values, keys_values_rank, first_alone, name: Of the plugins of `ratios`, as in
             `PluginConfig`; of a budget's schedule only activation and name.
 
@@ -52,6 +58,7 @@ class Plan:
     keys_values_rank: int | None = None
     first_alone: bool = False
     name: str = ""
+    local_steps: int | None = None
 
     def __post_init__(self) -> None:
         if bool(self.ratios or self.presets) == (self.budget is not None):
@@ -72,15 +79,18 @@ class Plan:
             raise InputError(
                 "--budget chooses ratio and rank per layer at the FFN site", valid="--activation, --setting and --steps"
             )
+        if self.budget is not None and self.local_steps is not None:
+            raise InputError("--budget fits its candidates for a fixed number of steps", fix="leave --local-steps out")
         if self.presets and not self.ratios and chosen_here:
             raise InputError(
                 "a preset is a rank, an activation and sites", fix="--ratio and --setting, for one of your own"
             )
 
     @property
-    def local_steps(self) -> int:
-        """Usual length of the layer-local stage: none for what was trained before."""
-        return 0 if self.start else 800
+    def local(self) -> int:
+        """Steps of the layer-local stage: usually none for what was trained before."""
+        usual = 0 if self.start else 800
+        return usual if self.local_steps is None else self.local_steps
 
     def before(self) -> list[Plugin]:
         """The plugins to go on from.
@@ -105,3 +115,36 @@ class Plan:
             for ratio in (self.ratios if self.budget is None else (2,))
         ]
         return *fresh, *(PRESETS[name] for name in self.presets)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is trained on, and what judges it; None and empty where nothing was given.
+
+    Args:
+        corpus: Files of plain text.
+        task: Name of a task, instead: its training split is trained on, its development split judges.
+        data: Directory of the task's files; None loads them from the hub.
+        dev: STS-B in a file: judges training on plain text.
+
+    Raises:
+        InputError: If parts contradict each other.
+    """
+
+    corpus: tuple[Path, ...] = ()
+    task: str | None = None
+    data: Path | None = None
+    dev: Path | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.corpus) == bool(self.task):
+            raise InputError("train on plain text or on a task", valid="either --corpus FILE … or --task NAME")
+        if self.data and not self.task:
+            raise InputError("--data is for a --task", fix="--corpus FILE for text, --dev FILE for a development set")
+        if self.dev and self.task:
+            raise InputError("--dev is for plain text", fix=f"--data DIR with DIR/{self.task}/dev.jsonl")
+
+    def read(self, backbone: Backbone, seed: int) -> tuple[Data, Judge | None]:
+        """What is trained on, and the judge if there is one."""
+        data: Data = adaptation(backbone, self.task, self.data) if self.task else read_corpus(self.corpus, seed)
+        return data, development(backbone, self.task, self.data if self.task else self.dev)
