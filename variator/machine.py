@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from functools import cache
@@ -42,6 +43,13 @@ def cores() -> int:
 def memory_bytes() -> int:
     """Main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system; glibc keeps what buffers of changing sizes leave between them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def system() -> str:

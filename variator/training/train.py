@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from variator import machine
 from variator.errors import InputError, VariatorError
 from variator.files import alone, sha256_of_json
 from variator.toolkit.checkpoint import Backbone, Model
@@ -47,6 +48,9 @@ from variator.training.state import (
 from variator.training.student import student
 
 SAVE_EVERY_S = 60.0
+
+RELEASE_EVERY = 50
+"""Steps between two returns of freed memory; a return takes some hundredths of a second."""
 
 
 class InterruptedTrainingError(VariatorError):
@@ -212,6 +216,8 @@ def _step(run: Run, stage: Stage, state: State) -> Progress:
     state.step += 1
     speed = processes.count * tokens / (time.perf_counter() - started)
     note(run, stage, state, summaries, rate, speed)
+    if state.step % RELEASE_EVERY == 0:
+        machine.release_memory()
     losses = {ratio: summary.total for ratio, summary in summaries.items()}
     return Progress(stage.name, state.step, stage.steps, losses, last_scores(state), speed)
 
