@@ -227,3 +227,12 @@ def test_a_shared_bundle_alone_is_benchmarked_like_any(shared_bundle: Bundle) ->
     assert record.layout == "shared" and {row.ratio for row in record.results} == {1, 2, 4}
     assert [row.value for row in record.quality if row.ratio == 1] == [pytest.approx(1.0)]
     assert record.layouts == [] and len(record.plugging) == 1
+
+
+def test_what_measures_speed_runs_without_the_settings_of_training() -> None:
+    import subprocess
+    import sys
+
+    rooms = "import sys, variator.bench.run, variator.bench.peers, variator.engines.runtime"
+    code = f"{rooms}; sys.exit(any(name.startswith('variator.training') for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
