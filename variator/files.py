@@ -156,14 +156,15 @@ def claim(place: Path, made_from: Any, *, anew: bool = False) -> None:
         InputError: If something else was begun there.
     """
     key, mark = sha256_of_json(made_from), place / "made-from.sha256"
-    same = mark.exists() and mark.read_text(encoding="utf-8") == key
-    if not same and (anew or not mark.exists()):  # without its mark nobody knows what it is
-        shutil.rmtree(place, ignore_errors=True)
-    elif not same:
-        raise InputError(
-            f"{place} holds work that was begun with another model, data or settings",
-            fix="repeat that command to finish it, choose another -o, or start anew with --overwrite",
-        )
+    if mark.exists():
+        if mark.read_text(encoding="utf-8") == key:
+            return
+        if not anew:
+            raise InputError(
+                f"{place} holds work that was begun with another model, data or settings",
+                fix="repeat that command to finish it, choose another -o, or start anew with --overwrite",
+            )
+    shutil.rmtree(place, ignore_errors=True)  # of another origin, or without its mark of one that nobody knows
     with disk_errors(place):
         place.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, key)

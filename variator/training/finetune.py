@@ -6,7 +6,6 @@ none: it is scored by embeddings as they are.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from variator.errors import BackboneError, InputError, VariatorError
-from variator.files import alone, claim, directory_written_whole
+from variator.files import claim, directory_written_whole
 from variator.tasks.read import Split
 from variator.toolkit.checkpoint import AUTO_CLASSES, Backbone, load_backbone
 from variator.training.labelled import items
@@ -87,7 +86,7 @@ def finetune(
     if output.resolve() == Path(model).resolve():
         raise InputError(f"{output} is what is to be fine-tuned, so it is not overwritten", fix="choose another -o")
     processes = Processes()
-    with alone(output) if processes.main else contextlib.nullcontext():
+    with processes.alone(output):
         return _finetune(model, split, output, settings, processes, on_step)
 
 

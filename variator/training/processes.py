@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from variator import machine
 from variator.errors import InputError
+from variator.files import alone
 from variator.toolkit.checkpoint import Model
 
 
@@ -42,6 +44,10 @@ class Processes:
             return values
         averaged: Tensor = reduce(values, "mean")
         return averaged
+
+    def alone(self, place: Path) -> contextlib.AbstractContextManager[None]:
+        """Be the only run that makes `place`: see `files.alone`; its main process holds the lock."""
+        return alone(place) if self.main else contextlib.nullcontext()
 
     def wait(self) -> None:
         """Wait for the others."""

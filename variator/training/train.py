@@ -22,7 +22,7 @@ import torch
 
 from variator import machine
 from variator.errors import InputError, VariatorError
-from variator.files import alone, sha256_of_json
+from variator.files import sha256_of_json
 from variator.toolkit.checkpoint import Backbone, Model
 from variator.toolkit.encoder import Linear
 from variator.toolkit.plugin import initial_tensors
@@ -90,7 +90,7 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     run = _prepare(backbone, data, settings, directory, judge, start)
-    with alone(directory) if run.processes.main else contextlib.nullcontext():
+    with run.processes.alone(directory):
         return _train(run, on_step, overwrite)
 
 
