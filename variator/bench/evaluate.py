@@ -14,7 +14,7 @@ from variator.errors import InputError, PluginError
 from variator.tasks.read import Split
 from variator.tasks.score import Scores, check_head, check_labels, score
 from variator.toolkit.bundle import MANIFEST
-from variator.toolkit.plugin_file import Plugin, find_plugin, keys_in, load_named, save_plugin
+from variator.toolkit.plugin_file import Plugin, find_plugin, keys_in, load_named, load_plain, save_plugin
 from variator.toolkit.plugin_format import Key, file_name, in_order
 from variator.toolkit.rows import Encode
 
@@ -137,9 +137,9 @@ def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
         manifest = runtime.bundle.manifest
         training = {ratio: entry.training for ratio, entry in manifest.ratios.items()}
         if settings.plugins is not None:
-            runtime.plug(DEFAULT, settings.plugins)
-            keys = (key for key in runtime.plugins[DEFAULT] if key != 1)
-            training = {key: load_named(settings.plugins / file_name(key)).training for key in keys}
+            plugins = load_plain(settings.plugins)
+            runtime.plug(DEFAULT, plugins)
+            training = {plugin.config.key: plugin.training for plugin in plugins}
         ratios = in_order({1, *(settings.ratios or runtime.plugins[DEFAULT])})
 
         def encoder(ratio: Key) -> Encode:

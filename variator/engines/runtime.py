@@ -27,7 +27,7 @@ from variator.engines.build import BuiltEngine, find_built, load_engine
 from variator.errors import BundleError, EngineError, InputError
 from variator.files import inside
 from variator.toolkit.bundle import SHARED_GRAPH, Bundle
-from variator.toolkit.plugin_file import Head, Plugin, heads_agree, load_named, load_plugin
+from variator.toolkit.plugin_file import Head, Plugin, heads_agree, load_plain
 from variator.toolkit.plugin_format import Key, in_order
 from variator.toolkit.rows import Input, Outputs, Row, place
 from variator.toolkit.stack import LOGITS, Inputs, check_fits, check_head, graph_inputs, inputs_of
@@ -402,11 +402,8 @@ class Runtime:
 
 def _read_plugins(name: str, plugin: Plugin | Path | str | Sequence[Plugin | Path | str]) -> list[Plugin]:
     """What `Runtime.plug` was given, read from files where it is not yet: at least one, no two of one ratio."""
-    if isinstance(plugin, str | Path) and Path(plugin).is_dir():
-        plugins = [load_named(path) for path in sorted(Path(plugin).glob("ratio-*.safetensors"))]
-    else:
-        given = [plugin] if isinstance(plugin, Plugin | str | Path) else list(plugin)
-        plugins = [one if isinstance(one, Plugin) else load_plugin(Path(one)) for one in given]
+    given = [plugin] if isinstance(plugin, Plugin | str | Path) else list(plugin)
+    plugins = [found for one in given for found in ([one] if isinstance(one, Plugin) else load_plain(Path(one)))]
     ratios = [one.config.key for one in plugins]
     if not ratios or len(set(ratios)) < len(ratios):
         raise InputError(

@@ -306,6 +306,13 @@ def load_named(path: Path) -> Plugin:
     return plugin
 
 
+def load_plain(place: Path) -> list[Plugin]:
+    """Plugins of plain ratios: of a directory's `ratio-<k>.safetensors`, or of one file. Errors as `load_plugin`."""
+    if not place.is_dir():
+        return [load_plugin(place)]
+    return [load_named(path) for path in sorted(place.glob("ratio-*.safetensors"))]
+
+
 def keys_in(directory: Path) -> list[Key]:
     """Ratios and names of the plugin files in a directory."""
     names = [path.stem for path in directory.glob("*.safetensors")]
