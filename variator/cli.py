@@ -113,13 +113,16 @@ def export(
     layout: Annotated[
         str, typer.Option(help="per-ratio: one graph each; shared: one graph for all ratios, plugins swapped live.")
     ] = "per-ratio",
+    precision: Annotated[
+        str, typer.Option(help="That the graphs are written in: fp32 for every engine; fp16, bf16 for GPUs alone.")
+    ] = "fp32",
     as_json: JsonOption = False,
 ) -> None:
     """Export a model at ratio 1 and others: ONNX graphs over one backbone, each checked against PyTorch."""
     from variator.exporters.export import ExportSettings
     from variator.exporters.export import export as verb
 
-    settings = ExportSettings(keys(ratio), plugin, untrained, rank, overwrite, layout)
+    settings = ExportSettings(keys(ratio), plugin, untrained, rank, overwrite, layout, precision)
     with stages() as on_stage:
         bundle = verb(model, output, settings, task, name, on_stage)
     if as_json:

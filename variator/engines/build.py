@@ -156,6 +156,11 @@ def build(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     backend, precision, reason = resolve(engine, precision)
+    if bundle.manifest.precision != "fp32":
+        raise InputError(
+            f"{backend.name} runs no {bundle.manifest.precision}, in which the graphs of {bundle.path} are written",
+            fix="variator export --precision fp32",
+        )
     on_stage(reason)
     directory = bundle.path / "engines" / f"{backend.name}-{precision}-{build_key(bundle, backend, precision)}"
     with disk_errors(directory):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ from variator.exporters.gate import (
     save_cases,
 )
 from variator.exporters.graph import Compressed, export_graph, export_shared
+from variator.exporters.precision import check_precision, narrow, widened
 from variator.files import directory_written_whole
 from variator.toolkit.bundle import (
     GATE_FILE,
@@ -75,6 +78,7 @@ class ExportSettings:
         rank: Of made-up plugins.
         overwrite: Whether an existing bundle may be replaced.
         layout: `per-ratio`, one graph per ratio, or `shared`, one graph that takes its plugin as inputs.
+        precision: That the graphs are written in: fp32 for every engine, fp16 or bf16 for those of a GPU alone.
     """
 
     ratios: tuple[Key, ...]
@@ -83,6 +87,7 @@ class ExportSettings:
     rank: int = 64
     overwrite: bool = False
     layout: str = PER_RATIO
+    precision: str = "fp32"
 
 
 def export(
@@ -109,6 +114,7 @@ def export(
     ratios = in_order({1, *map(parse_key, settings.ratios)})
     if settings.layout not in LAYOUTS:
         raise InputError(f"unknown layout {settings.layout!r}", valid=", ".join(LAYOUTS))
+    check_precision(settings.precision)
     if output.exists() and not settings.overwrite:
         raise InputError(f"{output} exists already", fix="choose another -o, or pass --overwrite")
     if output.exists() and not (output / "manifest.json").exists():
@@ -125,13 +131,13 @@ def export(
                 valid="--layout shared and task embed",
             )
     with directory_written_whole(output, replace=settings.overwrite) as directory:
-        entries = _export_ratios(backbone, plugins, ratios, profile, directory, on_stage)
+        entries = _export_ratios(backbone, plugins, ratios, profile, settings.precision, directory, on_stage)
         backbone.tokenizer.save_pretrained(directory)
         for file in directory.iterdir():  # a tokenizer may bring folders or code; a bundle is flat data
             if file.is_dir():
                 shutil.rmtree(file)
         on_stage("writing the manifest")
-        write_manifest(directory, _manifest(backbone, entries, profile, directory))
+        write_manifest(directory, _manifest(backbone, entries, profile, settings.precision, directory))
     return Bundle.open(output)
 
 
@@ -171,12 +177,13 @@ def _export_ratios(
     plugins: Mapping[Key, Plugin],
     ratios: Sequence[Key],
     profile: SharedProfile | None,
+    precision: str,
     directory: Path,
     on_stage: Callable[[str], None],
 ) -> dict[Key, RatioEntry]:
     store = WeightStore(directory)
     if profile is not None:
-        _write_shared(backbone, profile, store, directory, on_stage)
+        _write_shared(backbone, profile, precision, store, directory, on_stage)
     cases = _cases(backbone)
     hidden = backbone.config.hidden_size
     head = gate_head(hidden) if profile and profile.head else None
@@ -186,7 +193,7 @@ def _export_ratios(
         graph = directory / (SHARED_GRAPH if plugin and profile else f"{setting_name(ratio)}.onnx")
         if profile is None:
             on_stage(f"exporting ratio {ratio}")
-            _write_graph(export_graph(backbone, plugin), store, graph, _data_file(ratio))
+            _write_graph(export_graph(backbone, plugin), precision, store, graph, _data_file(ratio))
         beside = graph_inputs(profile, hidden, plugin, head)
         on_stage(f"checking ratio {ratio} against PyTorch")
         module = Compressed(backbone.model, plugin).eval()
@@ -194,11 +201,13 @@ def _export_ratios(
             case.expected[ratio] = reference_outputs(backbone, module, case.feed)
             if head is not None:
                 add_logits(case.expected[ratio], head)
-        error = _gate(graph, cases, ratio, beside)
-        if ratio == 1 and profile is not None:  # exact without its plugin, too
-            _gate(directory / SHARED_GRAPH, cases, 1, beside | neutral(backbone.config.layers, hidden))
         own = graph_inputs(profile, hidden, plugin, plugin.head if plugin else None)
-        flops = _flops(graph, entries, own)
+        with _runnable(graph, precision) as path:
+            error = _gate(path, precision, cases, ratio, beside)
+            flops = _flops(path, entries, own)
+        if ratio == 1 and profile is not None:  # exact without its plugin, too
+            with _runnable(directory / SHARED_GRAPH, precision) as path:
+                _gate(path, precision, cases, 1, beside | neutral(backbone.config.layers, hidden))
         bring = [plugin] if plugin else list(plugins.values())
         with_head = bool(bring) and bring[0].head is not None and heads_agree(bring)
         file = save_plugin(plugin, directory).name if plugin and profile else ""
@@ -214,6 +223,7 @@ def _data_file(ratio: Key) -> str:
 def _write_shared(
     backbone: Backbone,
     profile: SharedProfile,
+    precision: str,
     store: WeightStore,
     directory: Path,
     on_stage: Callable[[str], None],
@@ -221,7 +231,7 @@ def _write_shared(
     """The two graphs of a shared layout: all ratios above 1, and ratio 1, which need not pay for them."""
     for name, compressed in (("ratio-1.onnx", False), (SHARED_GRAPH, True)):
         on_stage(f"exporting {name}")
-        _write_graph(export_shared(backbone, profile, compressed), store, directory / name, _data_file(1))
+        _write_graph(export_shared(backbone, profile, compressed), precision, store, directory / name, _data_file(1))
 
 
 def _cases(backbone: Backbone) -> list[Case]:
@@ -231,16 +241,29 @@ def _cases(backbone: Backbone) -> list[Case]:
     return [Case(feed, {}) for feed in feeds]
 
 
-def _gate(graph: Path, cases: Sequence[Case], ratio: Key, beside: Inputs) -> float:
+def _gate(graph: Path, precision: str, cases: Sequence[Case], ratio: Key, beside: Inputs) -> float:
     run = plain_runner(graph)
-    return compare(graph.name, "fp32", cases, ratio, lambda feed: run({**beside, **feed}))
+    return compare(graph.name, precision, cases, ratio, lambda feed: run({**beside, **feed}))
 
 
-def _write_graph(model: onnx_ir.Model, store: WeightStore, graph: Path, file: str) -> None:
+@contextlib.contextmanager
+def _runnable(graph: Path, precision: str) -> Iterator[Path]:
+    """A graph as ONNX Runtime runs it on a CPU: it has no bf16 there, so each result is rounded to it instead."""
+    if precision != "bf16":
+        yield graph
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        wide = Path(scratch) / graph.name
+        onnx_ir.save(widened(onnx_ir.load(graph)), wide, external_data=f"{graph.stem}.data")
+        yield wide
+
+
+def _write_graph(model: onnx_ir.Model, precision: str, store: WeightStore, graph: Path, file: str) -> None:
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.metadata_props.clear()
         node.metadata_props[PART_KEY] = part_of(scopes.strip("[]").replace("'", "").split(", "))
+    narrow(model, precision)
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "variator", variator.__version__
     for value in model.graph.initializers.values():
@@ -278,7 +301,11 @@ def _entry(graph: str, plugin: Plugin | None, flops: dict[str, float], error: fl
 
 
 def _manifest(
-    backbone: Backbone, entries: dict[Key, RatioEntry], profile: SharedProfile | None, directory: Path
+    backbone: Backbone,
+    entries: dict[Key, RatioEntry],
+    profile: SharedProfile | None,
+    precision: str,
+    directory: Path,
 ) -> Manifest:
     packages = ("torch", "transformers", "onnx", "onnxscript")
     return Manifest(
@@ -292,7 +319,7 @@ def _manifest(
         vocabulary=backbone.config.vocabulary,
         parameters=sum(tensor.numel() for tensor in backbone.model.parameters()),
         max_length=backbone.max_length,
-        precision="fp32",
+        precision=precision,
         inputs=list(backbone.inputs),
         outputs=list(backbone.outputs),
         backbone=backbone.fingerprint,
