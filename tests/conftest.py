@@ -93,7 +93,8 @@ def bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bund
 @pytest.fixture(scope="session")
 def shared_bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same in the shared layout, with an engine each of onnxruntime and openvino (fp32). Not to be changed."""
-    from variator.engines.build import BACKENDS, build
+    from variator.engines.backends import BACKENDS
+    from variator.engines.build import build
 
     path = tmp_path_factory.mktemp("bundles") / "tiny-shared"
     exported = export(backbone, path, ExportSettings((2, 4), untrained=True, rank=16, layout="shared"))

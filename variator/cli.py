@@ -584,7 +584,7 @@ def _step_bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _show_bundle(path: Path) -> None:
-    from variator.engines.build import built_summary
+    from variator.engines.built import built_summary
     from variator.toolkit.bundle import Bundle
 
     bundle = Bundle.open(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -15,17 +16,14 @@ import onnx
 import pytest
 
 from tests.conftest import lively
+from variator import machine
 from variator.bench.run import built_engines
 from variator.engines import build as build_module
 from variator.engines import onnxruntime as onnxruntime_module
-from variator.engines.build import (
-    BACKENDS,
-    build,
-    build_key,
-    built_summary,
-    find_built,
-    load_engine,
-)
+from variator.engines.backends import BACKENDS
+from variator.engines.base import BuildOptions
+from variator.engines.build import build
+from variator.engines.built import built_summary, find_built, load_engine, made_from
 from variator.errors import BundleError, EngineError, GateError, InputError
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
@@ -126,17 +124,17 @@ def test_the_key_follows_everything_an_engine_depends_on(
 ) -> None:
     backend = BACKENDS["onnxruntime"]
     built = build(copy, "onnxruntime", "fp32")
-    before = build_key(copy, backend, "fp32")
+    before = made_from(copy, backend, "fp32"), backend.target(BuildOptions())
     if change == "graph":
         entry = copy.manifest.files["ratio-4.onnx"]
         copy.manifest.files["ratio-4.onnx"] = type(entry)(entry.bytes, "0" * 64)
     elif change == "version":
-        monkeypatch.setattr(build_module.importlib.metadata, "version", lambda name: "0.0.1")
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
     elif change == "cpu":
-        monkeypatch.setattr(build_module.machine, "cpu_features", lambda: ["avx2"])
+        monkeypatch.setattr(machine, "cpu_features", lambda: ["avx2"])
     else:
         monkeypatch.setattr(backend, "options", lambda precision: {"other": "1"})
-    assert build_key(copy, backend, "fp32") != before
+    assert (made_from(copy, backend, "fp32"), backend.target(BuildOptions())) != before
     assert "stale" in built_summary(copy)[0] and built.directory.name in built_summary(copy)[0]
     with pytest.raises(EngineError, match=r"stale(.|\n)*variator build"):
         find_built(copy, "onnxruntime")

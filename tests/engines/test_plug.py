@@ -18,7 +18,9 @@ import torch
 
 from tests.conftest import lively, random_head
 from variator.engines import runtime as runtime_module
-from variator.engines.build import BACKENDS, build, find_built, load_engine
+from variator.engines.backends import BACKENDS
+from variator.engines.build import build
+from variator.engines.built import find_built, load_engine
 from variator.engines.runtime import DEFAULT, Runtime
 from variator.errors import BundleError, EngineError, InputError, PluginError
 from variator.exporters.graph import Compressed

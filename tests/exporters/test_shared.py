@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.conftest import lively, write_checkpoint
-from variator.engines.build import BACKENDS, build
+from variator.engines.backends import BACKENDS
+from variator.engines.build import build
 from variator.engines.runtime import Runtime
 from variator.errors import GateError, InputError, PluginError
 from variator.exporters.export import ExportSettings, export

@@ -14,7 +14,7 @@ import numpy as np
 
 from variator.bench.latency import race_twice
 from variator.bench.record import LayoutResult, Plugging
-from variator.engines.build import BuiltEngine
+from variator.engines.built import BuiltEngine
 from variator.engines.runtime import Runtime
 from variator.errors import InputError
 from variator.exporters.gate import full_feed

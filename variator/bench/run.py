@@ -29,8 +29,9 @@ from variator.bench.record import (
     package_versions,
     this_machine,
 )
+from variator.engines.backends import BACKENDS
 from variator.engines.base import Feed
-from variator.engines.build import BACKENDS, BuiltEngine, find_built
+from variator.engines.built import BuiltEngine, find_built
 from variator.engines.runtime import Runtime
 from variator.errors import EngineError, InputError
 from variator.exporters.flops import count_flops

@@ -16,7 +16,8 @@ from variator.bench.drawing import line_picture
 from variator.bench.evaluate import EvalSettings, Evaluation, evaluate
 from variator.bench.record import Machine, package_versions, this_machine
 from variator.bench.wording import markdown_table
-from variator.engines.build import build, resolve
+from variator.engines.backends import resolve
+from variator.engines.build import build
 from variator.errors import InputError, PluginError
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops

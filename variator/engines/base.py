@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from variator.errors import EngineError
+from variator import machine
+from variator.engines.profiles import ShapeProfile
+from variator.errors import EngineError, InputError
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.rows import Outputs
 
@@ -33,6 +36,10 @@ class Engine(Protocol):
     precision: str
     """As read back from the loaded engine."""
 
+    @property
+    def profiles(self) -> Sequence[ShapeProfile]:
+        """Ranges of shapes that it takes; empty if it takes every one."""
+
     def run(self, feed: Feed) -> Outputs:
         """int64 [batch, S] inputs -> fp32 outputs by name."""
 
@@ -50,6 +57,26 @@ class Engine(Protocol):
         """Give its memory back. For an engine that was loaded; those made by `hold` end with it."""
 
 
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user may say about an engine beside its precision; for backends that compile for a GPU.
+
+    Args:
+        profiles: Ranges of shapes, as `engines.profiles` reads them; none takes the backend's.
+        compute_capabilities: GPUs to compile for without having one, 8.9; none takes the one that is here.
+    """
+
+    profiles: tuple[str, ...] = ()
+    compute_capabilities: tuple[str, ...] = ()
+
+
+NO_PROFILES: tuple[ShapeProfile, ...] = ()
+"""Of an engine that takes every shape."""
+
+OnProgress = Callable[[str, float], None]
+"""Told what is being compiled, and the share of it that is done, 0 to 1."""
+
+
 class Backend(Protocol):
     """A library that compiles and runs graphs. Each is one module of this package, imported lazily."""
 
@@ -58,7 +85,10 @@ class Backend(Protocol):
     """Its package, whose version is part of the build key."""
 
     def missing(self) -> str | None:
-        """None if it can be used here, else why not."""
+        """None if it can build here, else why not."""
+
+    def cannot_run(self) -> str | None:
+        """None if it can run here what it built, else why not: it then builds ahead of time, unchecked."""
 
     def precisions(self) -> list[str]:
         """What it can build on this machine, best default first."""
@@ -66,8 +96,73 @@ class Backend(Protocol):
     def options(self, precision: str) -> dict[str, str]:
         """Everything that shapes an artefact beside the graph; part of the build key."""
 
-    def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
+    def choices(self, bundle: Bundle, options: BuildOptions) -> dict[str, str]:
+        """What the user chose, with the defaults for what is left open; part of the build key.
+
+        Raises:
+            InputError: For what this backend has no use for, or cannot do with this bundle.
+        """
+
+    def target(self, options: BuildOptions) -> dict[str, str]:
+        """The machine that an engine built now is bound to; part of the build key.
+
+        Raises:
+            EngineError, InputError: If there is none.
+        """
+
+    def device(self) -> str:
+        """The processor or GPU that it runs on here, in words."""
+
+    def misfit(self, target: Mapping[str, str]) -> str:
+        """Why an engine that is bound to `target` cannot be run here; empty if it can."""
+
+    def compile(
+        self, bundle: Bundle, precision: str, directory: Path, options: BuildOptions, on_progress: OnProgress
+    ) -> None:
         """Write the artefacts of all graphs into `directory`."""
+
+    def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
+        """Those of a built engine's files that `load` reads for a graph; none if it reads the bundle's own."""
 
     def load(self, bundle: Bundle, precision: str, directory: Path, graph: str, threads: int) -> Engine:
         """Load the artefact of one of the bundle's graphs; its precision is read back from what was loaded."""
+
+
+class CpuBackend:
+    """What backends for this processor have in common."""
+
+    name: str
+
+    def cannot_run(self) -> str | None:
+        """See `Backend.cannot_run`."""
+        return None
+
+    def choices(self, bundle: Bundle, options: BuildOptions) -> dict[str, str]:
+        """See `Backend.choices`."""
+        if options != BuildOptions():
+            raise InputError(
+                f"{self.name} takes every shape and compiles for this machine",
+                fix="leave --profile and --compute-capability out",
+            )
+        if bundle.manifest.precision != "fp32":
+            raise InputError(
+                f"{self.name} runs no {bundle.manifest.precision}, in which the graphs of {bundle.path} are written",
+                fix="variator export --precision fp32",
+            )
+        return {}
+
+    def target(self, options: BuildOptions) -> dict[str, str]:
+        """See `Backend.target`."""
+        return {"cpu": " ".join(machine.cpu_features())}
+
+    def device(self) -> str:
+        """See `Backend.device`."""
+        return machine.cpu_name()
+
+    def misfit(self, target: Mapping[str, str]) -> str:
+        """See `Backend.misfit`."""
+        return "" if target == self.target(BuildOptions()) else "it was built on another kind of processor"
+
+    def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
+        """See `Backend.artefacts`: one graph each, over common weights."""
+        return [graph, *(name for name in files if not name.endswith(".onnx"))] if files else []

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from variator import machine
-from variator.engines.base import Arrays, Feed, check_held
+from variator.engines.base import NO_PROFILES, Arrays, BuildOptions, CpuBackend, Feed, OnProgress, check_held
 from variator.engines.quantise import RECIPE, quantise_dynamic, reduce_range
 from variator.errors import EngineError
 from variator.files import inside
@@ -49,7 +49,7 @@ class OnnxRuntimeEngine:
         precision: str,
         held: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> None:
-        self.precision = precision
+        self.precision, self.profiles = precision, NO_PROFILES
         self._session, self._held = session, held or {}
         self._outputs = [output.name for output in session.get_outputs()]
 
@@ -77,7 +77,7 @@ def _values(inputs: Arrays) -> dict[str, onnxruntime.OrtValue]:
     return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(CpuBackend):
     """See `Backend`."""
 
     name = "onnxruntime"
@@ -98,7 +98,9 @@ class OnnxRuntimeBackend:
             options |= {"int8": RECIPE, "reduce_range": str(reduce_range())}
         return options
 
-    def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
+    def compile(
+        self, bundle: Bundle, precision: str, directory: Path, options: BuildOptions, on_progress: OnProgress
+    ) -> None:
         """See `Backend.compile`."""
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             graphs = []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.base import Arrays, Feed, check_held
+from variator.engines.base import NO_PROFILES, Arrays, BuildOptions, CpuBackend, Feed, OnProgress, check_held
 from variator.engines.quantise import RECIPE, quantise_static
 from variator.errors import EngineError
 from variator.exporters.gate import load_cases
@@ -43,7 +43,7 @@ class OpenVinoEngine:
     def __init__(
         self, compiled: openvino.CompiledModel, precision: str, held: Mapping[str, openvino.Tensor] | None = None
     ) -> None:
-        self.precision = precision
+        self.precision, self.profiles = precision, NO_PROFILES
         self._compiled, self._held = compiled, held or {}
         self._outputs = [output.get_any_name() for output in compiled.outputs]
         self._idle: list[openvino.InferRequest] = []
@@ -81,7 +81,7 @@ class OpenVinoEngine:
         del self._compiled
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(CpuBackend):
     """See `Backend`."""
 
     name = "openvino"
@@ -106,7 +106,9 @@ class OpenVinoBackend:
             options |= {"int8": RECIPE, "quantiser": importlib.metadata.version("onnxruntime")}
         return options
 
-    def compile(self, bundle: Bundle, precision: str, directory: Path) -> None:
+    def compile(
+        self, bundle: Bundle, precision: str, directory: Path, options: BuildOptions, on_progress: OnProgress
+    ) -> None:
         """See `Backend.compile`."""
         if precision != "int8":
             return

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from variator.engines.base import Engine
-from variator.engines.build import BuiltEngine, find_built, load_engine
+from variator.engines.built import BuiltEngine, find_built, load_engine
 from variator.errors import BundleError, EngineError, InputError
 from variator.files import inside
 from variator.toolkit.bundle import SHARED_GRAPH, Bundle

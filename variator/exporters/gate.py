@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,37 @@ def make_feeds(
             feed["token_type_ids"] = rng.integers(0, 2, (batch, length))
         feeds.append(feed)
     return feeds
+
+
+def reshaped(cases: Sequence[Case], batch: int, length: int) -> Case:
+    """A case of any batch and length, made of the rows of others: what a row gives depends on neither.
+
+    Args:
+        cases: The gate's; at least one has a row of at most `length` tokens.
+    """
+    rows = [(case, row) for case in cases for row, tokens in enumerate(case.lengths) if tokens <= length]
+    longest = max(case.lengths[row] for case, row in rows)
+    # The longest first, so that one row is a long one.
+    rows.sort(key=lambda place: (place[0].lengths[place[1]] != longest, place[0].lengths[place[1]]))
+    chosen = [rows[index % len(rows)] for index in range(batch)]
+
+    def stacked(parts: Sequence[npt.NDArray[Any]], per_token: bool) -> npt.NDArray[Any]:
+        if not per_token:
+            return np.stack(parts)
+        whole = np.zeros((batch, length, *parts[0].shape[1:]), parts[0].dtype)
+        for row, part in enumerate(parts):
+            whole[row, : min(length, len(part))] = part[:length]
+        return whole
+
+    feed = {name: stacked([case.feed[name][row] for case, row in chosen], True) for name in cases[0].feed}
+    expected = {
+        ratio: {
+            name: stacked([case.expected[ratio][name][row] for case, row in chosen], name in PER_TOKEN)
+            for name in outputs
+        }
+        for ratio, outputs in cases[0].expected.items()
+    }
+    return Case(feed, expected)
 
 
 def full_feed(inputs: Sequence[str], vocabulary: int, shape: tuple[int, int]) -> Feed:
