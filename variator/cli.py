@@ -68,8 +68,10 @@ def _options(
 
 BundleArgument = Annotated[Path, typer.Argument(help="Directory written by `variator export`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one machine-readable record instead.")]
-EngineOption = Annotated[str, typer.Option(help="auto, onnxruntime or openvino.")]
-PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or int8; the best without int8 by default.")]
+EngineOption = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option(help="fp32, fp16, bf16 or int8; the best without int8 by default.")
+]
 ThreadsOption = Annotated[int, typer.Option(help="Processor threads; 0 means all.", min=0)]
 TaskOption = Annotated[str | None, typer.Option(help="embed, classify, qa or hidden; detected by default.")]
 DatasetOption = Annotated[
@@ -92,6 +94,26 @@ def stages() -> Iterator[Callable[[str], None]]:
         return
     with errors.status("") as status:
         yield lambda stage: status.update(stage)
+
+
+@contextmanager
+def bars() -> Iterator[tuple[Callable[[str], None], Callable[[str, float], None]]]:
+    """Show on a terminal what is being done and, where it is known, how far it is; silent elsewhere."""
+    if not errors.is_terminal:
+        yield lambda stage: None, lambda what, share: None
+        return
+    from rich.progress import Progress
+
+    with Progress(*Progress.get_default_columns()[:3], console=errors, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+
+        def on_stage(stage: str) -> None:
+            progress.update(bar, description=stage, total=None)
+
+        def on_progress(what: str, share: float) -> None:
+            progress.update(bar, description=what, total=1.0, completed=share)
+
+        yield on_stage, on_progress
 
 
 @app.command(short_help="ONNX graphs over one backbone, checked against PyTorch.")
@@ -138,28 +160,38 @@ def build(
     precision: PrecisionOption = None,
     threads: ThreadsOption = 0,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if an unchanged engine is there.")] = False,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="Shapes to compile for, MIN:OPT:MAX of rows x tokens: 1x1:8x64:32x128; repeat. For GPUs."),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="GPU to compile for without having it: 8.9. For tensorrt-rtx.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build an engine for this machine, checked against PyTorch; an unchanged one is reused at once."""
+    from variator.engines.base import BuildOptions
     from variator.engines.build import build as verb
 
     said: list[str] = []
-    with stages() as on_stage:
+    options = BuildOptions(tuple(profile or ()), tuple(compute_capability or ()))
+    with bars() as (on_stage, on_progress):
 
         def tell(stage: str) -> None:
             said.append(stage)
             on_stage(stage)
 
-        built = verb(bundle, engine, precision, threads, rebuild, tell)
+        built = verb(bundle, engine, precision, threads, rebuild, tell, options, on_progress)
     if as_json:
         _print_json({"directory": str(built.directory), **asdict(built.record)})
         return
     console = Console()
     console.print(Text("\n".join(line for line in said if not line.startswith(("compiling", "checking")))))
-    table = Table("ratio", "latency when built, ms", "largest error")
-    for ratio, milliseconds in built.record.probe_ms.items():
-        table.add_row(ratio, f"{milliseconds:.1f}", f"{built.record.max_abs_error[ratio]:.2g}")
-    console.print(table)
+    if built.record.gated:
+        table = Table("ratio", "latency when built, ms", "largest error")
+        for ratio, milliseconds in built.record.probe_ms.items():
+            table.add_row(ratio, f"{milliseconds:.1f}", f"{built.record.max_abs_error[ratio]:.2g}")
+        console.print(table)
     console.print(Text(f"in {built.directory}"))
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from variator.engines.base import Backend
 from variator.engines.onnxruntime import OnnxRuntimeBackend
 from variator.engines.openvino import OpenVinoBackend
+from variator.engines.tensorrt.backend import TensorRtBackend
+from variator.engines.tensorrt.flavours import FLAVOURS
 from variator.errors import EngineError, InputError
 
-BACKENDS: dict[str, Backend] = {"openvino": OpenVinoBackend(), "onnxruntime": OnnxRuntimeBackend()}
+_ALL: tuple[Backend, ...] = (*map(TensorRtBackend, FLAVOURS), OpenVinoBackend(), OnnxRuntimeBackend())
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 """By name, best default first."""
 
 

@@ -225,11 +225,23 @@ def built_summary(bundle: Bundle) -> list[str]:
     lines = []
     for directory, name, precision in engine_directories(bundle):
         try:
-            reason = why_not(bundle, read_record(directory))
+            record: EngineRecord | None = read_record(directory)
+            reason = why_not(bundle, record)
         except EngineError as damage:
             reason = damage.what
+            record = None
         lines.append(f"{name} {precision}: {reason or 'built'} ({directory.name})")
+        if record is not None and record.choices:
+            lines.extend(f"  {line}" for line in _details(record))
     return lines
+
+
+def _details(record: EngineRecord) -> list[str]:
+    """What a plan is: version, target, what was chosen, sizes."""
+    words = {"version": record.parts["version"], **record.target, **record.choices}
+    found = [f"{name.replace('_', ' ')}: {value.replace(',', ', ')}" for name, value in words.items()]
+    files = ", ".join(f"{name} {entry.bytes / 1e6:.1f} MB" for name, entry in record.files.items())
+    return [*found, f"files: {files}", f"checked: {'yes' if record.gated else 'not yet'}"]
 
 
 def load_engine(bundle: Bundle, built: BuiltEngine, graph: str, threads: int = 0) -> Engine:

@@ -50,8 +50,12 @@ def quantise_dynamic(source: Path, target: Path) -> Path:
     return target
 
 
-def quantise_static(source: Path, target: Path, feeds: Sequence[Arrays]) -> Path:
-    """Activation ranges from a calibration run over `feeds`, weights per channel; the form OpenVINO takes."""
+def quantise_static(source: Path, target: Path, feeds: Sequence[Arrays], symmetric: bool = False) -> Path:
+    """Activation ranges from a calibration run over `feeds`, weights per channel; the form OpenVINO takes.
+
+    Args:
+        symmetric: Ranges around zero, the only ones that TensorRT takes, and weights of all 8 bits.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -70,12 +74,12 @@ def quantise_static(source: Path, target: Path, feeds: Sequence[Arrays]) -> Path
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
-            reduce_range=reduce_range(),
+            reduce_range=reduce_range() and not symmetric,
             weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             nodes_to_exclude=_excluded(source, narrowing=True),
             use_external_data_format=True,
-            extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+            extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True, "ActivationSymmetric": symmetric},
         )
     return target
 

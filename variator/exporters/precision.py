@@ -119,7 +119,8 @@ class _Narrowing:
         """Nodes that compute narrow: the seeds, and whatever takes a narrow value."""
         found: set[ir.Node] = set()
         for node in self.graph:
-            if node in wide or not any(output.dtype == ir.DataType.FLOAT for output in node.outputs):
+            quantises = node.op_type == "QuantizeLinear"
+            if node in wide or not (quantises or any(output.dtype == ir.DataType.FLOAT for output in node.outputs)):
                 continue
             widens = node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype in WIDENING
             makers = {value.producer() for value in node.inputs if value is not None}

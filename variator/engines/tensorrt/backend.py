@@ -1,0 +1,144 @@
+"""TensorRT's two flavours as backends: what they build, what a plan is bound to, loading one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from variator.engines.base import BuildOptions, OnProgress
+from variator.engines.gpu import gpu, no_gpu
+from variator.engines.profiles import ShapeProfile, default_profiles, parse_profiles
+from variator.engines.quantise import RECIPE
+from variator.engines.tensorrt.builder import compile_bundle, plan_name
+from variator.engines.tensorrt.engine import Plan, TensorRtEngine
+from variator.engines.tensorrt.flavours import Flavour
+from variator.errors import EngineError, InputError
+from variator.files import inside
+from variator.toolkit.bundle import Bundle
+
+PRECISIONS = ("fp16", "bf16", "fp32", "int8")
+"""What is written into a graph before it is compiled, best default first."""
+
+CAPABILITIES = "compute_capabilities"
+"""Key of an engine's target: GPUs by compute capability, apart by commas."""
+
+WORDS = 3
+"""Of what a library last complained about, those that go into an error."""
+
+
+class TensorRtBackend:
+    """See `Backend`; one per flavour."""
+
+    def __init__(self, flavour: Flavour) -> None:
+        self.flavour = flavour
+        self.name = flavour.name
+        self.distribution = flavour.distribution
+
+    def missing(self) -> str | None:
+        """See `Backend.missing`."""
+        return self.flavour.missing() or (no_gpu() if self.flavour.device_code else None)
+
+    def cannot_run(self) -> str | None:
+        """See `Backend.cannot_run`."""
+        return no_gpu()
+
+    def precisions(self) -> list[str]:
+        """See `Backend.precisions`."""
+        return list(PRECISIONS)
+
+    def options(self, precision: str) -> dict[str, str]:
+        """See `Backend.options`."""
+        return {"int8": RECIPE} if precision == "int8" else {}
+
+    def choices(self, bundle: Bundle, options: BuildOptions) -> dict[str, str]:
+        """See `Backend.choices`."""
+        return {"profiles": ",".join(map(str, self._profiles(bundle, options)))}
+
+    def target(self, options: BuildOptions) -> dict[str, str]:
+        """See `Backend.target`."""
+        known = self.flavour.compute_capabilities
+        asked = tuple(dict.fromkeys(options.compute_capabilities))
+        unknown = [capability for capability in asked if capability not in known]
+        if asked and not known:
+            raise InputError(
+                f"{self.name} compiles for the GPU that is here alone", fix="leave --compute-capability out"
+            )
+        if unknown:
+            raise InputError(
+                f"{self.name} does not compile for compute capability {unknown[0]} ahead of time",
+                valid=", ".join(known),
+            )
+        if not asked and no_gpu():
+            asked = known
+        if asked:
+            return {CAPABILITIES: ",".join(sorted(asked, key=float))}
+        here = gpu()
+        bound = {CAPABILITIES: here.compute_capability}
+        return {**bound, "gpu": here.name, "driver": here.driver} if self.flavour.device_code else bound
+
+    def device(self) -> str:
+        """See `Backend.device`."""
+        return gpu().name
+
+    def misfit(self, target: Mapping[str, str]) -> str:
+        """See `Backend.misfit`."""
+        if no_gpu():
+            return ""  # `cannot_run` says so
+        here = gpu()
+        capabilities = target.get(CAPABILITIES, "")
+        if here.compute_capability not in capabilities.split(","):
+            return f"it was built for compute capability {capabilities}, {here.name} has {here.compute_capability}"
+        found = {"gpu": here.name, "driver": here.driver}
+        for part in found.keys() & target.keys():
+            if target[part] != found[part]:
+                return f"it was built for {part} {target[part]}, here is {found[part]}"
+        return ""
+
+    def compile(
+        self, bundle: Bundle, precision: str, directory: Path, options: BuildOptions, on_progress: OnProgress
+    ) -> None:
+        """See `Backend.compile`."""
+        if bundle.manifest.precision not in ("fp32", precision):
+            raise InputError(
+                f"the graphs of {bundle.path} are written in {bundle.manifest.precision}, not in {precision}",
+                fix=f"--precision {bundle.manifest.precision}, or variator export --precision fp32",
+            )
+        capabilities = self.target(options)[CAPABILITIES].split(",")
+        ahead = bool(options.compute_capabilities or no_gpu())
+        profiles = self._profiles(bundle, options)
+        compile_bundle(self.flavour, bundle, precision, directory, profiles, capabilities if ahead else (), on_progress)
+
+    def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
+        """See `Backend.artefacts`."""
+        return [plan_name(graph)]
+
+    def load(self, bundle: Bundle, precision: str, directory: Path, graph: str, threads: int) -> TensorRtEngine:
+        """See `Backend.load`."""
+        lacking = self.missing() or self.cannot_run()
+        if lacking:
+            raise EngineError(lacking)
+        library = self.flavour.load()
+        return TensorRtEngine(Plan(library, inside(directory, plan_name(graph)), make_logger(library)))
+
+    def _profiles(self, bundle: Bundle, options: BuildOptions) -> tuple[ShapeProfile, ...]:
+        limit = bundle.manifest.max_length
+        return parse_profiles(options.profiles, limit) or default_profiles(limit)
+
+
+def make_logger(library: Any) -> Any:
+    """A logger of the library that keeps what went wrong, for our errors, and prints nothing."""
+
+    class Listening(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.said: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
+                self.said = [*self.said, message][-WORDS:]
+
+        def words(self) -> str:
+            return "; ".join(self.said)
+
+    return Listening()
