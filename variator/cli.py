@@ -660,7 +660,7 @@ def _show_bundle(path: Path) -> None:
         Text(f"{path}: {total / 1e6:.1f} MB, of which the backbone {backbone.bytes / 1e6 if backbone else 0:.1f} MB")
     )
     for line in built_summary(bundle):
-        console.print(Text(f"engine {line}"))
+        console.print(Text(line))
 
 
 def _check_places(*paths: Path | None) -> None:

@@ -221,18 +221,17 @@ def _probe(built: BuiltEngine) -> float:
 
 
 def built_summary(bundle: Bundle) -> list[str]:
-    """One line per engine directory of a bundle: what it is and whether it can be run here."""
+    """What each engine of a bundle is and whether it can be run here; of plans, in further lines, what they are for."""
     lines = []
     for directory, name, precision in engine_directories(bundle):
+        details: list[str] = []
         try:
-            record: EngineRecord | None = read_record(directory)
+            record = read_record(directory)
             reason = why_not(bundle, record)
+            details = _details(record) if record.choices else []
         except EngineError as damage:
             reason = damage.what
-            record = None
-        lines.append(f"{name} {precision}: {reason or 'built'} ({directory.name})")
-        if record is not None and record.choices:
-            lines.extend(f"  {line}" for line in _details(record))
+        lines.append("\n  ".join([f"engine {name} {precision}: {reason or 'built'} ({directory.name})", *details]))
     return lines
 
 

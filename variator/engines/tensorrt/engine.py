@@ -129,6 +129,7 @@ class Lane:
         self._graphs: OrderedDict[tuple[Shape, int], CapturedGraph] = OrderedDict()
         self._working_bytes = int(plan.native.get_device_memory_size_for_profile_v2(index))
         self._set: tuple[Shape, int] | None = None
+        self._known = self._addresses()
 
     def run(self, feed: Feed, held: Held) -> Outputs:
         """One run, start to end."""
@@ -163,17 +164,16 @@ class Lane:
         shapes = {name: tuple(context.get_tensor_shape(name)) for name in plan.outputs}
         need = {name: (array.shape, f"input {name}") for name, array in feed.items()}
         need |= {name: (size, f"output {name}") for name, size in shapes.items()}
-        before = self._addresses()
         try:
             for name, (size, what) in need.items():
                 wanted = math.prod(size) * plan.dtypes[name].itemsize
                 self._device[name].ensure(wanted, what)
                 self._host[name].ensure(wanted)
             WORKSPACE.buffer.ensure(self._working_bytes, f"working memory for {shape}")
-        finally:  # if there was no room, too: some buffers are elsewhere then
-            if self._addresses() != before:
+        finally:  # if there was no room, too: some buffers are elsewhere then; and others move the working memory
+            if self._addresses() != self._known:
                 self._drop()
-                self._set = None
+                self._known, self._set = self._addresses(), None
         if self._set != key:
             context.set_device_memory(WORKSPACE.buffer.address, WORKSPACE.buffer.bytes)
             for name in (*feed, *plan.outputs):
