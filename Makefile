@@ -69,7 +69,7 @@ quality: $(VENV)/.ready
 		--json $(OUT)/quality.json --picture $(OUT)/quality.svg
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m slow
