@@ -264,7 +264,7 @@ def test_all_ratios_map_one_weight_file_packed_matrices_included(copy: Bundle) -
 
 
 def test_unknown_names_list_the_known(copy: Bundle) -> None:
-    with pytest.raises(InputError, match="auto, tensorrt, tensorrt-rtx, openvino, onnxruntime"):
+    with pytest.raises(InputError, match="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino, onnxruntime"):
         build(copy, "tensorflow")
     with pytest.raises(InputError, match="fp32, int8"):
         build(copy, "onnxruntime", "fp64")

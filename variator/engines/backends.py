@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from variator.engines.base import Backend
 from variator.engines.onnxruntime import OnnxRuntimeBackend
+from variator.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from variator.engines.openvino import OpenVinoBackend
 from variator.engines.tensorrt.backend import TensorRtBackend
 from variator.engines.tensorrt.flavours import FLAVOURS
 from variator.errors import EngineError, InputError
 
-_ALL: tuple[Backend, ...] = (*map(TensorRtBackend, FLAVOURS), OpenVinoBackend(), OnnxRuntimeBackend())
+_ALL: tuple[Backend, ...] = (
+    *map(TensorRtBackend, FLAVOURS),
+    OnnxRuntimeCudaBackend(),
+    OpenVinoBackend(),
+    OnnxRuntimeBackend(),
+)
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 """By name, best default first."""
@@ -19,11 +25,6 @@ def check_name(engine: str) -> None:
     """Raise `InputError` unless it is `auto` or the name of a backend."""
     if engine != "auto" and engine not in BACKENDS:
         raise InputError(f"unknown engine {engine!r}", valid=", ".join(["auto", *BACKENDS]))
-
-
-def usable() -> list[str]:
-    """Names of the backends that can build and run here."""
-    return [name for name, backend in BACKENDS.items() if not (backend.missing() or backend.cannot_run())]
 
 
 def resolve(engine: str, precision: str | None) -> tuple[Backend, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,17 @@ def check_held(inputs: Iterable[str], held: Iterable[str]) -> None:
     missing = [name for name in inputs if name not in TOKENS and name not in held]
     if missing:
         raise EngineError(f"nothing is given for the inputs {', '.join(missing)} of the graph", fix="export again")
+
+
+def installed(*distributions: str) -> str:
+    """The first of these packages that is installed; the first of all if none is."""
+    for name in distributions:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name
+    return distributions[0]
 
 
 class Engine(Protocol):

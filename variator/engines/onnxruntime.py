@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from variator import machine
-from variator.engines.base import NO_PROFILES, Arrays, BuildOptions, CpuBackend, Feed, OnProgress, check_held
+from variator.engines.base import NO_PROFILES, Arrays, BuildOptions, CpuBackend, Feed, OnProgress, check_held, installed
 from variator.engines.quantise import RECIPE, quantise_dynamic, reduce_range
 from variator.errors import EngineError
 from variator.files import inside
@@ -81,7 +81,7 @@ class OnnxRuntimeBackend(CpuBackend):
     """See `Backend`."""
 
     name = "onnxruntime"
-    distribution = "onnxruntime"
+    distribution = installed("onnxruntime", "onnxruntime-gpu")
 
     def missing(self) -> str | None:
         """See `Backend.missing`."""

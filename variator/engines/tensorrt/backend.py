@@ -13,6 +13,7 @@ from variator.engines.quantise import RECIPE
 from variator.engines.tensorrt.builder import compile_bundle, plan_name
 from variator.engines.tensorrt.engine import Plan, TensorRtEngine
 from variator.engines.tensorrt.flavours import Flavour
+from variator.engines.written import check_precision
 from variator.errors import EngineError, InputError
 from variator.files import inside
 from variator.toolkit.bundle import Bundle
@@ -99,11 +100,7 @@ class TensorRtBackend:
         self, bundle: Bundle, precision: str, directory: Path, options: BuildOptions, on_progress: OnProgress
     ) -> None:
         """See `Backend.compile`."""
-        if bundle.manifest.precision not in ("fp32", precision):
-            raise InputError(
-                f"the graphs of {bundle.path} are written in {bundle.manifest.precision}, not in {precision}",
-                fix=f"--precision {bundle.manifest.precision}, or variator export --precision fp32",
-            )
+        check_precision(bundle, precision)
         capabilities = self.target(options)[CAPABILITIES].split(",")
         ahead = bool(options.compute_capabilities or no_gpu())
         profiles = self._profiles(bundle, options)

@@ -14,14 +14,12 @@ from pathlib import Path
 
 from variator.engines.base import OnProgress
 from variator.engines.profiles import ShapeProfile
-from variator.engines.quantise import quantise_static
 from variator.engines.tensorrt.compile import Job, Range
 from variator.engines.tensorrt.flavours import Flavour
+from variator.engines.written import written_in
 from variator.errors import EngineError
-from variator.exporters.gate import load_cases
-from variator.files import inside
-from variator.toolkit.bundle import GATE_FILE, Bundle
-from variator.toolkit.stack import HEAD_INPUTS, PLUGIN_INPUTS, inputs_of, neutral_inputs, shapes
+from variator.toolkit.bundle import Bundle
+from variator.toolkit.stack import HEAD_INPUTS, PLUGIN_INPUTS, shapes
 from variator.toolkit.weights import check_external_data
 
 CHILD = "variator.engines.tensorrt.compile"
@@ -73,34 +71,6 @@ def compile_bundle(
 def plan_name(graph: str) -> str:
     """The plan of a graph."""
     return f"{Path(graph).stem}.plan"
-
-
-def written_in(bundle: Bundle, graph: Path, precision: str, directory: Path) -> Path:
-    """A graph of the bundle in a precision: itself if it is that already, else rewritten in `directory`.
-
-    int8 is fp16 with the products of the backbone's weights between QuantizeLinear and DequantizeLinear, with ranges
-    from the gate's texts.
-    """
-    if precision == bundle.manifest.precision:
-        return graph
-    import onnx_ir
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    from variator.exporters.precision import narrow
-
-    target = directory / graph.name
-    source = graph
-    if precision == "int8":
-        cases = load_cases(inside(bundle.path, GATE_FILE))
-        beside = [inputs_of(bundle, ratio) for ratio in bundle.ratios if bundle.graph(ratio) == graph]
-        feeds = [{**inputs, **case.feed} for inputs in beside or [neutral_inputs(bundle)] for case in cases]
-        source = quantise_static(graph, directory / f"int8-{graph.name}", feeds, symmetric=True)
-    model = onnx_ir.load(source)
-    if precision == "int8":
-        ShapeInferencePass()(model)  # the quantiser names no types
-    narrow(model, "fp16" if precision == "int8" else precision)
-    onnx_ir.save(model, target, external_data=f"{target.stem}.data")
-    return target
 
 
 def input_ranges(bundle: Bundle, graph: Path, profiles: Sequence[ShapeProfile]) -> list[dict[str, Range]]:

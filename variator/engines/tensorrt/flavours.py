@@ -7,6 +7,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from types import ModuleType
 
+from variator.engines.base import installed
 from variator.errors import EngineError
 
 
@@ -36,13 +37,7 @@ class Flavour:
     @property
     def distribution(self) -> str:
         """The package that is installed, or the one to install."""
-        for name in self.distributions:
-            try:
-                importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            return name
-        return self.distributions[0]
+        return installed(*self.distributions)
 
     def missing(self) -> str | None:
         """None if it can be imported in a version that this code was written for, else why not."""
