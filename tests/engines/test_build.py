@@ -124,7 +124,7 @@ def test_the_key_follows_everything_an_engine_depends_on(
 ) -> None:
     backend = BACKENDS["onnxruntime"]
     built = build(copy, "onnxruntime", "fp32")
-    before = made_from(copy, backend, "fp32"), backend.target(BuildOptions())
+    before = made_from(copy, backend, "fp32"), backend.target(BuildOptions(), "fp32")
     if change == "graph":
         entry = copy.manifest.files["ratio-4.onnx"]
         copy.manifest.files["ratio-4.onnx"] = type(entry)(entry.bytes, "0" * 64)
@@ -134,7 +134,7 @@ def test_the_key_follows_everything_an_engine_depends_on(
         monkeypatch.setattr(machine, "cpu_features", lambda: ["avx2"])
     else:
         monkeypatch.setattr(backend, "options", lambda precision: {"other": "1"})
-    assert (made_from(copy, backend, "fp32"), backend.target(BuildOptions())) != before
+    assert (made_from(copy, backend, "fp32"), backend.target(BuildOptions(), "fp32")) != before
     assert "stale" in built_summary(copy)[0] and built.directory.name in built_summary(copy)[0]
     with pytest.raises(EngineError, match=r"stale(.|\n)*variator build"):
         find_built(copy, "onnxruntime")

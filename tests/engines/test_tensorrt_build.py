@@ -48,7 +48,7 @@ def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
 
 
 @ahead
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_every_precision_is_built_ahead_of_time_and_said_to_be_unchecked(copy: Bundle, precision: str) -> None:
     told: list[tuple[str, float]] = []
     options = BuildOptions((PROFILES,), ("8.9", "12.0"))
@@ -99,6 +99,13 @@ def test_a_shared_bundle_is_one_plan_for_all_ratios(shared_bundle: Bundle, tmp_p
     assert set(input_ranges(shared_bundle, shared_bundle.path / "ratio-1.onnx", profiles)[0]) == {
         "input_ids", "attention_mask", "head.weight", "head.bias",
     }  # fmt: skip
+
+
+def test_fp8_is_for_gpus_that_have_it(copy: Bundle) -> None:
+    with pytest.raises(InputError, match=r"8\.6(.|\n)*8\.9 or later"):
+        build(copy, "tensorrt-rtx", "fp8", options=BuildOptions((PROFILES,), ("8.6",)))
+    if no_gpu():
+        assert RTX.target(BuildOptions(), "fp8") == {"compute_capabilities": "8.9,12.0,12.1"}
 
 
 @pytest.mark.parametrize(
@@ -283,13 +290,13 @@ def test_a_plan_for_another_gpu_or_version_or_a_damaged_one_is_refused_before_it
 
 def test_a_tensorrt_plan_is_bound_to_gpu_and_driver(gpu_here: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = backend_module.TensorRtBackend(TENSORRT)
-    target = backend.target(BuildOptions())
+    target = backend.target(BuildOptions(), "fp32")
     assert target == {"compute_capabilities": "8.9", "gpu": "NVIDIA Rehearsal", "driver": "13.0"}
     assert backend.misfit(target) == ""
     monkeypatch.setattr(backend_module, "gpu", lambda: Gpu("NVIDIA Rehearsal", "8.9", "13.1", 1 << 33))
     assert backend.misfit(target) == "it was built for driver 13.0, here is 13.1"
     with pytest.raises(InputError, match="leave --compute-capability out"):
-        backend.target(BuildOptions((), ("8.9",)))
+        backend.target(BuildOptions((), ("8.9",)), "fp16")
 
 
 def test_each_thing_that_can_be_missing_has_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +393,7 @@ def test_every_name_that_is_used_exists_in_tensorrt_rtx() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 def test_plans_are_built_checked_at_every_corner_and_run_on_this_gpu(
     bundle: Bundle, shared_bundle: Bundle, tmp_path: Path, name: str, precision: str

@@ -115,7 +115,7 @@ class Backend(Protocol):
             InputError: For what this backend has no use for, or cannot do with this bundle.
         """
 
-    def target(self, options: BuildOptions) -> dict[str, str]:
+    def target(self, options: BuildOptions, precision: str) -> dict[str, str]:
         """The machine that an engine built now is bound to; part of the build key.
 
         Raises:
@@ -163,7 +163,7 @@ class CpuBackend:
             )
         return {}
 
-    def target(self, options: BuildOptions) -> dict[str, str]:
+    def target(self, options: BuildOptions, precision: str) -> dict[str, str]:
         """See `Backend.target`."""
         return {"cpu": " ".join(machine.cpu_features())}
 
@@ -173,7 +173,7 @@ class CpuBackend:
 
     def misfit(self, target: Mapping[str, str]) -> str:
         """See `Backend.misfit`."""
-        return "" if target == self.target(BuildOptions()) else "it was built on another kind of processor"
+        return "" if target == self.target(BuildOptions(), "") else "it was built on another kind of processor"
 
     def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
         """See `Backend.artefacts`: one graph each, over common weights."""

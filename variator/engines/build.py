@@ -61,7 +61,7 @@ def build(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     backend, precision, reason = resolve(engine, precision)
-    parts, target = made_from(bundle, backend, precision), backend.target(options)
+    parts, target = made_from(bundle, backend, precision), backend.target(options, precision)
     choices = backend.choices(bundle, options)
     unable = backend.cannot_run() or backend.misfit(target)
     on_stage(reason)

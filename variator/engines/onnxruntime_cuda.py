@@ -109,7 +109,7 @@ class OnnxRuntimeCudaBackend:
             )
         return {}
 
-    def target(self, options: BuildOptions) -> dict[str, str]:
+    def target(self, options: BuildOptions, precision: str) -> dict[str, str]:
         """See `Backend.target`: graphs as they are fit every GPU."""
         return {}
 

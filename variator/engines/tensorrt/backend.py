@@ -13,16 +13,19 @@ from variator.engines.quantise import RECIPE
 from variator.engines.tensorrt.builder import compile_bundle, plan_name
 from variator.engines.tensorrt.engine import Plan, TensorRtEngine
 from variator.engines.tensorrt.flavours import Flavour
-from variator.engines.written import check_precision
+from variator.engines.written import QUANTISED, check_precision
 from variator.errors import EngineError, InputError
 from variator.files import inside
 from variator.toolkit.bundle import Bundle
 
-PRECISIONS = ("fp16", "bf16", "fp32", "int8")
+PRECISIONS = ("fp16", "bf16", "fp32", "int8", "fp8")
 """What is written into a graph before it is compiled, best default first."""
 
 CAPABILITIES = "compute_capabilities"
 """Key of an engine's target: GPUs by compute capability, apart by commas."""
+
+FP8_FROM = "8.9"
+"""First compute capability with fp8."""
 
 WORDS = 3
 """Of what a library last complained about, those that go into an error."""
@@ -50,13 +53,13 @@ class TensorRtBackend:
 
     def options(self, precision: str) -> dict[str, str]:
         """See `Backend.options`."""
-        return {"int8": RECIPE} if precision == "int8" else {}
+        return {"quantised": RECIPE} if precision in QUANTISED else {}
 
     def choices(self, bundle: Bundle, options: BuildOptions) -> dict[str, str]:
         """See `Backend.choices`."""
         return {"profiles": ",".join(map(str, self._profiles(bundle, options)))}
 
-    def target(self, options: BuildOptions) -> dict[str, str]:
+    def target(self, options: BuildOptions, precision: str) -> dict[str, str]:
         """See `Backend.target`."""
         known = self.flavour.compute_capabilities
         asked = tuple(dict.fromkeys(options.compute_capabilities))
@@ -70,8 +73,11 @@ class TensorRtBackend:
                 f"{self.name} does not compile for compute capability {unknown[0]} ahead of time",
                 valid=", ".join(known),
             )
+        least = float(FP8_FROM) if precision == "fp8" else 0.0
         if not asked and no_gpu():
-            asked = known
+            asked = tuple(capability for capability in known if float(capability) >= least)
+        if any(float(capability) < least for capability in asked):
+            raise InputError(f"fp8 for compute capability {asked[0]}", valid=f"{FP8_FROM} or later")
         if asked:
             return {CAPABILITIES: ",".join(sorted(asked, key=float))}
         here = gpu()
@@ -101,7 +107,7 @@ class TensorRtBackend:
     ) -> None:
         """See `Backend.compile`."""
         check_precision(bundle, precision)
-        capabilities = self.target(options)[CAPABILITIES].split(",")
+        capabilities = self.target(options, precision)[CAPABILITIES].split(",")
         ahead = bool(options.compute_capabilities or no_gpu())
         profiles = self._profiles(bundle, options)
         compile_bundle(self.flavour, bundle, precision, directory, profiles, capabilities if ahead else (), on_progress)

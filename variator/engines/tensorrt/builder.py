@@ -16,7 +16,7 @@ from variator.engines.base import OnProgress
 from variator.engines.profiles import ShapeProfile
 from variator.engines.tensorrt.compile import Job, Range
 from variator.engines.tensorrt.flavours import Flavour
-from variator.engines.written import written_in
+from variator.engines.written import QUANTISED, written_in
 from variator.errors import EngineError
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.stack import HEAD_INPUTS, PLUGIN_INPUTS, shapes
@@ -152,7 +152,7 @@ def _debugging(flavour: Flavour, bundle: Bundle, precision: str, job: Job) -> st
     )
     graph = Path(job.graph).name
     switch = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if flavour.module == "tensorrt_rtx" else ""
-    written = "fp16" if precision == "int8" else precision
+    written = "fp16" if precision in QUANTISED else precision
     return (
         f"export with --precision {written} and see what the library makes of it: "
         f"{switch}polygraphy convert {graph} --convert-to trt --strongly-typed {shapes} -o {plan_name(graph)}"
