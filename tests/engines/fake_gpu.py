@@ -223,6 +223,16 @@ class FakeEngine:
         return FakeContext(self)
 
 
+class FakeJustInTime:
+    """`rtx.JustInTime`: what it does needs the library."""
+
+    config = "user managed"
+
+    def __init__(self, library: object, engine: object, file: Path) -> None: ...
+
+    def save(self) -> None: ...
+
+
 class FakeLibrary:
     """`tensorrt`, as far as it is run."""
 

@@ -54,7 +54,7 @@ def test_graphs_are_written_in_the_precision_checked_and_read_back(
 
 def test_a_session_that_fell_back_is_refused(copy: Bundle, rehearsal: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda self: ["OtherExecutionProvider"])
-    with pytest.raises(EngineError, match=r"on OtherExecutionProvider instead of the GPU(.|\n)*preload_dlls"):
+    with pytest.raises(EngineError, match=r"on OtherExecutionProvider instead of the GPU(.|\n)*print_debug_info"):
         build(copy, "onnxruntime-cuda", "fp32")
     assert not list((copy.path / "engines").glob("o*-*-*"))
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from variator.engines.profiles import LENGTHS, Shape, ShapeProfile, default_profiles, parse_profiles, tightest
+from variator.engines.profiles import (
+    LENGTHS,
+    Shape,
+    ShapeProfile,
+    default_profiles,
+    most_rows,
+    parse_profiles,
+    tightest,
+)
 from variator.errors import EngineError, InputError
 
 
@@ -52,6 +60,13 @@ def test_a_shape_that_no_profile_holds_is_an_error_that_names_them() -> None:
         tightest(found, 33, 10)
     with pytest.raises(EngineError, match="1x65"):
         tightest(found, 1, 65)
+
+
+def test_a_request_is_cut_to_the_rows_that_a_run_may_have() -> None:
+    found = parse_profiles(["1x1:8x64:64x128", "1x1:8x64:32x128", "1x1:1x32:1x64"], 128)
+    assert [most_rows(found, length) for length in (1, 64, 65, 128)] == [64] * 4
+    assert most_rows(found[2:], 64) == 1 and most_rows((), 64) > 10**9
+    assert most_rows(found, 129) > 10**9  # no profile holds it: `tightest` says so
 
 
 def test_the_tightest_is_the_shortest_then_the_one_with_fewest_rows() -> None:

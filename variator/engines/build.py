@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from filelock import FileLock
 
 from variator import machine
 from variator.engines.backends import BACKENDS, resolve
-from variator.engines.base import BuildOptions, Engine, Feed, OnProgress
+from variator.engines.base import Backend, BuildOptions, Engine, Feed, OnProgress
 from variator.engines.built import (
     ENGINE_FILE,
     BuiltEngine,
     EngineRecord,
+    engine_directories,
     key_of,
     made_from,
     read_record,
@@ -67,6 +68,10 @@ def build(
     on_stage(reason)
     key = key_of(parts, target, choices)
     directory = bundle.path / "engines" / f"{backend.name}-{precision}-{key}"
+    if not (unable or rebuild or directory.exists()):
+        directory = (
+            _ahead_of_time(bundle, backend, precision, parts, choices if options.profiles else None) or directory
+        )
     with disk_errors(directory):
         directory.parent.mkdir(exist_ok=True)
     # Two processes that build the same engine: the second waits and finds it done.
@@ -94,6 +99,22 @@ def build(
         built = BuiltEngine(directory, read_record(directory))
         remove_stale(built)
     return built
+
+
+def _ahead_of_time(
+    bundle: Bundle, backend: Backend, precision: str, parts: Mapping[str, str], choices: Mapping[str, str] | None
+) -> Path | None:
+    """An engine that was built elsewhere from the same, fits this machine, and has the choices that are asked for."""
+    for directory, name, found in engine_directories(bundle):
+        if (name, found) != (backend.name, precision):
+            continue
+        try:
+            record = read_record(directory)
+        except EngineError:
+            continue
+        if record.parts == parts and choices in (None, record.choices) and not backend.misfit(record.target):
+            return directory
+    return None
 
 
 def _found(directory: Path, on_stage: Callable[[str], None]) -> BuiltEngine | None:
@@ -146,11 +167,14 @@ def _checked(
 
 
 def _fitting(cases: Sequence[Case], engine: Engine) -> Sequence[Case]:
-    """The gate's cases in shapes that an engine takes: as they are, or at every corner of its profiles."""
+    """The gate's cases in shapes that an engine takes: as they are, or at every corner of its profiles.
+
+    The corners three times over, in turn: a shape's second run may be captured, and its third a captured one.
+    """
     if not engine.profiles:
         return cases
     corners = {corner for profile in engine.profiles for corner in profile.corners}
-    return [reshaped(cases, corner.batch, corner.length) for corner in sorted(corners)]
+    return 3 * [reshaped(cases, corner.batch, corner.length) for corner in sorted(corners)]
 
 
 def _probe_feed(bundle: Bundle, engine: Engine) -> Feed:

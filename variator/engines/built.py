@@ -26,6 +26,9 @@ from variator.toolkit.bundle import GATE_FILE, Bundle, FileEntry, list_files
 ENGINE_FILE = "engine.json"
 ENGINE_FORMAT = 2
 
+LOSSY = ("int8", "fp8")
+"""Precisions that are run only when they are asked for."""
+
 
 @dataclass(frozen=True)
 class EngineRecord:
@@ -173,7 +176,7 @@ def remove_stale(built: BuiltEngine) -> None:
 def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = None) -> tuple[BuiltEngine, str]:
     """The built engine to serve with, and why it was picked.
 
-    `auto` takes the fastest by the probe among fp32 and bf16; int8 costs quality and is used only when asked for.
+    `auto` takes the fastest by the probe; int8 and fp8 cost quality and are used only when asked for.
 
     Raises:
         EngineError: If none that is built fits; says how to build one.
@@ -182,7 +185,7 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
     candidates, stale = [], []
     for directory, name, found in engine_directories(bundle):
         wanted = engine in ("auto", name) and (
-            precision == found or (precision is None and (found != "int8" or engine == name))
+            precision == found or (precision is None and (found not in LOSSY or engine == name))
         )
         if not wanted:
             continue
@@ -207,8 +210,8 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
             valid="an engine built on this machine, by this library version, from this export",
             fix=f"variator build {bundle.path} {asked}",
         )
-    # int8 costs quality: last, even where its backend was asked for by name.
-    lossless = [candidate for candidate in candidates if candidate.record.precision != "int8"] or candidates
+    # int8 and fp8 cost quality: last, even where its backend was asked for by name.
+    lossless = [candidate for candidate in candidates if candidate.record.precision not in LOSSY] or candidates
     best = min(lossless, key=_probe)
     others = ", ".join(f"{c.record.backend} {c.record.precision} {_probe(c):.1f} ms" for c in lossless if c is not best)
     why = f"fastest when built ({_probe(best):.1f} ms; {others})" if others else "the only one that fits"

@@ -87,13 +87,20 @@ class Pinned:
     def __init__(self) -> None:
         self.address, self.bytes = 0, 0
 
-    def ensure(self, count: int) -> bool:
-        """Have at least `count` bytes. Returns whether `address` has changed."""
+    def ensure(self, count: int, what: str) -> bool:
+        """Have at least `count` bytes, else as `Buffer.ensure`."""
         if count <= self.bytes:
             return False
         self.close()
         count = -(-count // GRAIN) * GRAIN
-        self.address, self.bytes = int(call("cudaMallocHost", count)), count
+        try:
+            self.address = int(call("cudaMallocHost", count))
+        except EngineError as error:
+            raise EngineError(
+                f"the host has no room for {count / 1e6:.0f} MB of page-locked memory for {what}",
+                fix="send fewer or shorter rows at once, or raise the limit on locked memory",
+            ) from error
+        self.bytes = count
         return True
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -134,8 +141,10 @@ class Stream:
         call("cudaStreamBeginCapture", self.handle, module.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             work()
-        finally:
-            graph = call("cudaStreamEndCapture", self.handle)
+        except EngineError:  # that is the reason; ending the capture would only say that it is broken
+            module.cudaStreamEndCapture(self.handle)
+            raise
+        graph = call("cudaStreamEndCapture", self.handle)
         try:
             return CapturedGraph(call("cudaGraphInstantiate", graph, 0))
         finally:

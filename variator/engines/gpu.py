@@ -16,12 +16,12 @@ class Gpu:
 
     Args:
         compute_capability: Such as 8.9.
-        driver: The newest CUDA that the driver runs, such as 13.0.
+        cuda: The newest CUDA that the driver runs, such as 13.0.
     """
 
     name: str
     compute_capability: str
-    driver: str
+    cuda: str
     memory_bytes: int
 
 

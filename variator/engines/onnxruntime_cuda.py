@@ -6,6 +6,7 @@ is asked after it was made. Weights of all ratios lie in one file, but each sess
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,16 +17,20 @@ from variator.engines.gpu import gpu, no_gpu
 from variator.engines.onnxruntime import WEIGHTS
 from variator.engines.written import check_precision, written_in
 from variator.errors import EngineError, InputError
+from variator.exporters.gate import full_feed
 from variator.files import inside
-from variator.toolkit.bundle import Bundle
+from variator.toolkit.bundle import SHARED_GRAPH, Bundle
 from variator.toolkit.rows import Outputs
+from variator.toolkit.stack import inputs_of, neutral_inputs
 from variator.toolkit.weights import check_external_data, gather
 
 if TYPE_CHECKING:
     import onnxruntime
 
+REAL = {"float", "float16", "bfloat16", "double"}
 PROVIDER = "CUDAExecutionProvider"
-OPTIONS = {"cudnn_conv_algo_search": "DEFAULT", "arena_extend_strategy": "kSameAsRequested"}
+OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+"""fp32 means fp32: by default its products are rounded to TF32."""
 
 
 class OnnxRuntimeCudaEngine:
@@ -130,6 +135,14 @@ class OnnxRuntimeCudaBackend:
             for graph in bundle.graphs:
                 check_external_data(graph)
             gather([written_in(bundle, graph, precision, Path(scratch)) for graph in bundle.graphs], directory, WEIGHTS)
+        for graph in bundle.graphs:
+            inputs = inputs_of(bundle, next((k for k in bundle.ratios if bundle.graph(k) == graph), 1))
+            if graph.name == SHARED_GRAPH and all(bundle.graph(ratio) != graph for ratio in bundle.ratios):
+                inputs = neutral_inputs(bundle)
+            tokens = full_feed(
+                bundle.manifest.inputs, bundle.manifest.vocabulary, (1, min(8, bundle.manifest.max_length))
+            )
+            check_placement(directory / graph.name, {**inputs, **tokens})
 
     def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
         """See `Backend.artefacts`."""
@@ -144,14 +157,47 @@ class OnnxRuntimeCudaBackend:
 
         path = inside(directory, graph)
         check_external_data(path)
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(path, settings, providers=[(PROVIDER, dict(OPTIONS))])
-        except Exception as error:  # pybind gives each status its own class without a common base
-            raise EngineError(f"ONNX Runtime cannot load {graph} on the GPU: {error}") from error
-        check_provider(session, graph)
+        session = _session(path, onnxruntime.SessionOptions())
         return OnnxRuntimeCudaEngine(session, precision_of(onnx_ir.load(path)))
+
+
+def _session(path: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A session on the GPU."""
+    import onnxruntime
+
+    settings.log_severity_level = 3
+    onnxruntime.preload_dlls()  # CUDA's libraries from their own packages
+    try:
+        session = onnxruntime.InferenceSession(path, settings, providers=[(PROVIDER, dict(OPTIONS))])
+    except Exception as error:  # pybind gives each status its own class without a common base
+        raise EngineError(f"ONNX Runtime cannot load {path.name} on the GPU: {error}") from error
+    check_provider(session, path.name)
+    return session
+
+
+def check_placement(path: Path, feed: Arrays) -> None:
+    """Run a graph once and see where its operators ran.
+
+    Raises:
+        EngineError: If one that computes with real numbers ran elsewhere than on the GPU. Sizes of shapes may.
+    """
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as place:
+        settings = onnxruntime.SessionOptions()
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(place) / "profile")
+        session = _session(path, settings)
+        session.run(None, dict(feed))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    for event in events:
+        told = event.get("args", {})
+        types = {kind for entry in told.get("input_type_shape", []) for kind in entry}
+        if told.get("provider", PROVIDER) != PROVIDER and types & REAL:
+            raise EngineError(
+                f"ONNX Runtime ran {event['name']} of {path.name} on {told['provider']} instead of the GPU",
+                fix="use another precision, or a version of onnxruntime-gpu that has this operator",
+            )
 
 
 def check_provider(session: Any, graph: str) -> None:
@@ -160,6 +206,6 @@ def check_provider(session: Any, graph: str) -> None:
     if not found or found[0] != PROVIDER:
         raise EngineError(
             f"ONNX Runtime made a session for {graph} on {', '.join(found) or 'nothing'} instead of the GPU",
-            fix="see its warnings for the library of CUDA or cuDNN that is missing: "
-            'python -c "import onnxruntime; onnxruntime.preload_dlls(); onnxruntime.print_debug_info()"',
+            fix="see which library of CUDA or cuDNN is missing: "
+            'python -c "import onnxruntime; onnxruntime.print_debug_info()"',
         )

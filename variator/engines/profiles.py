@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,12 @@ def default_profiles(limit: int) -> tuple[ShapeProfile, ...]:
     """One profile per length of `LENGTHS` below the model's limit, and one for the limit."""
     lengths = [*(length for length in LENGTHS if length < limit), limit]
     return tuple(ShapeProfile(Shape(1, 1), Shape(8, length), Shape(MAX_BATCH, length)) for length in lengths)
+
+
+def most_rows(profiles: Sequence[ShapeProfile], length: int) -> int:
+    """The most rows of a length that one run may have; without profiles there is no limit, nor if none holds it."""
+    held = [profile.maximum.batch for profile in profiles if profile.minimum.length <= length <= profile.maximum.length]
+    return max(held, default=sys.maxsize)
 
 
 def tightest(profiles: Sequence[ShapeProfile], batch: int, length: int) -> int:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from variator.engines.base import Engine
 from variator.engines.built import BuiltEngine, find_built, load_engine
+from variator.engines.profiles import most_rows
 from variator.errors import BundleError, EngineError, InputError
 from variator.files import inside
 from variator.toolkit.bundle import SHARED_GRAPH, Bundle
@@ -383,8 +384,9 @@ class Runtime:
         outputs: Outputs = {}
         lengths = [len(row.ids) for row in rows]
         for length, indices in _buckets(rows, self.bundle.manifest.max_length):
-            for start in range(0, len(indices), max(1, TOKENS_PER_RUN // length)):
-                part = indices[start : start + max(1, TOKENS_PER_RUN // length)]
+            rows_per_run = min(max(1, TOKENS_PER_RUN // length), most_rows(engine.profiles, length))
+            for start in range(0, len(indices), rows_per_run):
+                part = indices[start : start + rows_per_run]
                 for name, values in engine.run(self.feed([rows[i] for i in part], length)).items():
                     place(outputs, name, values, part, lengths)
         return outputs

@@ -84,6 +84,9 @@ class _Narrowing:
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
+        untyped = next((value.name for node in self.graph for value in node.outputs if value.dtype is None), None)
+        if untyped:
+            raise GateError(f"the graph does not say what type {untyped!r} has", fix="export it again")
         narrow_nodes = self._narrow_nodes(self._wide_nodes())
         self._drop_widening(narrow_nodes)
         for node in list(self.graph):
@@ -125,7 +128,7 @@ class _Narrowing:
             widens = node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype in WIDENING
             makers = {value.producer() for value in node.inputs if value is not None}
             # Moving a weight about (a slice of a plugin's matrix) is the weight.
-            moved = all(value is None or value.is_initializer() for value in node.inputs)
+            moved = bool(node.inputs) and all(value is None or value.is_initializer() for value in node.inputs)
             if node.op_type in SEEDS or widens or moved or makers & found:
                 found.add(node)
         return found
@@ -164,6 +167,11 @@ class _Narrowing:
             array = tensor.numpy().astype(wanted.numpy())
         if not np.isfinite(array.astype(np.float32)).all():
             raise GateError(f"weight {value.name!r} does not fit {self.precision}", fix="use bf16 or fp32")
+        scales = any(
+            use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 1 for use in value.uses()
+        )
+        if scales and not array.all():
+            raise GateError(f"a scale in {value.name!r} is 0 in {self.precision}", fix="use fp16 or bf16 without int8")
         new = ir.Value(
             name=name, shape=value.shape, type=ir.TensorType(wanted), const_value=ir.tensor(array, name=name)
         )

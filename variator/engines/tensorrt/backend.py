@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,12 @@ class TensorRtBackend:
         if asked:
             return {CAPABILITIES: ",".join(sorted(asked, key=float))}
         here = gpu()
+        if float(here.compute_capability) < least:
+            raise InputError(
+                f"{here.name} has compute capability {here.compute_capability}", valid=f"{FP8_FROM} for fp8"
+            )
         bound = {CAPABILITIES: here.compute_capability}
-        return {**bound, "gpu": here.name, "driver": here.driver} if self.flavour.device_code else bound
+        return {**bound, "gpu": here.name, "cuda": here.cuda} if self.flavour.device_code else bound
 
     def device(self) -> str:
         """See `Backend.device`."""
@@ -96,7 +101,7 @@ class TensorRtBackend:
         capabilities = target.get(CAPABILITIES, "")
         if here.compute_capability not in capabilities.split(","):
             return f"it was built for compute capability {capabilities}, {here.name} has {here.compute_capability}"
-        found = {"gpu": here.name, "driver": here.driver}
+        found = {"gpu": here.name, "cuda": here.cuda}
         for part in found.keys() & target.keys():
             if target[part] != found[part]:
                 return f"it was built for {part} {target[part]}, here is {found[part]}"
@@ -122,14 +127,17 @@ class TensorRtBackend:
         if lacking:
             raise EngineError(lacking)
         library = self.flavour.load()
-        return TensorRtEngine(Plan(library, inside(directory, plan_name(graph)), make_logger(library)))
+        plan = inside(directory, plan_name(graph))
+        made = directory.parent / f".{directory.name.lstrip('.')}-{plan.stem}.kernels"
+        return TensorRtEngine(Plan(self.flavour, library, plan, logger_of(library), made))
 
     def _profiles(self, bundle: Bundle, options: BuildOptions) -> tuple[ShapeProfile, ...]:
         limit = bundle.manifest.max_length
         return parse_profiles(options.profiles, limit) or default_profiles(limit)
 
 
-def make_logger(library: Any) -> Any:
+@functools.cache  # a library takes one logger per process
+def logger_of(library: Any) -> Any:
     """A logger of the library that keeps what went wrong, for our errors, and prints nothing."""
 
     class Listening(library.ILogger):  # type: ignore[misc]
@@ -142,6 +150,7 @@ def make_logger(library: Any) -> Any:
                 self.said = [*self.said, message][-WORDS:]
 
         def words(self) -> str:
-            return "; ".join(self.said)
+            said, self.said = self.said, []
+            return "; ".join(said)
 
     return Listening()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def main() -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(job.module == "tensorrt_rtx"))
-    from polygraphy.backend.trt import Profile, engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import PostprocessConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR
@@ -67,34 +69,52 @@ def main() -> None:
         settings |= {"compute_capabilities": job.compute_capabilities or None, "use_gpu": not job.compute_capabilities}
     else:
         from polygraphy.backend.trt import CreateConfig
+
+    library = importlib.import_module(job.module)
+
+    def exact(builder: Any, network: Any, config: Any) -> None:
+        """fp32 means fp32: by default the library rounds its products to TF32."""
+        config.clear_flag(library.BuilderFlag.TF32)
+
     plan = engine_bytes_from_network(
-        (builder, network, parser), config=CreateConfig(**settings), save_timing_cache=job.timing_cache or None
+        (builder, network, parser),
+        config=PostprocessConfig(CreateConfig(**settings), exact),
+        save_timing_cache=job.timing_cache or None,
     )
     Path(job.plan).write_bytes(plan)
     lines.write(json.dumps({"precision": precision}) + "\n")
 
 
 def network_precision(network: Any) -> str:
-    """The precision of most matrix products of a parsed network, behind a DequantizeLinear what that reads.
+    """The precision that most weights of a parsed network are multiplied in, behind a DequantizeLinear what that reads.
 
     Strongly typed: what the network says is what the plan does.
     """
-    makers: dict[str, Any] = {}
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        makers |= {layer.get_output(place).name: layer for place in range(layer.num_outputs)}
-    counts: dict[str, int] = {}
-    for layer in (network.get_layer(index) for index in range(network.num_layers)):
-        if layer.type.name != "MATRIX_MULTIPLY":
-            continue
-        tensor = layer.get_input(0)
-        maker = makers.get(tensor.name)
-        if maker is not None and maker.type.name == "DEQUANTIZE":
-            tensor = maker.get_input(0)
-        counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + 1
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    makers = {layer.get_output(place).name: layer for layer in layers for place in range(layer.num_outputs)}
+    weights: dict[str, int] = {}
+    for layer in layers:
+        if layer.type.name == "MATRIX_MULTIPLY":
+            for tensor in (layer.get_input(0), layer.get_input(1)):
+                dtype, volume = _stored(tensor, makers)
+                weights[dtype] = weights.get(dtype, 0) + volume
     names = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
-    most = max(counts, key=lambda name: counts[name])
+    most = max(weights, key=lambda dtype: weights[dtype])
     return names.get(most, most)
+
+
+def _stored(tensor: Any, makers: Mapping[str, Any]) -> tuple[str, int]:
+    """The type that a weight is stored in where it is multiplied, and its size; 0 for what is computed."""
+    dtype, quantised = tensor.dtype.name, False
+    maker = makers.get(tensor.name)
+    while maker is not None and maker.type.name in ("SHUFFLE", "DEQUANTIZE", "QUANTIZE", "IDENTITY", "CAST", "SLICE"):
+        before = maker.get_input(0)
+        if maker.type.name == "DEQUANTIZE" and not quantised:
+            dtype, quantised = before.dtype.name, True
+        maker = makers.get(before.name)
+    if maker is None or maker.type.name != "CONSTANT":
+        return dtype, 0
+    return dtype, math.prod(maker.get_output(0).shape)
 
 
 def _monitor(module: str, lines: Any) -> Any:

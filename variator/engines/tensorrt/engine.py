@@ -1,7 +1,8 @@
-"""Running a plan: an execution context per profile, buffers that stay, captured graphs for shapes that come again.
+"""Running a plan: buffers that stay, an execution context per profile, captured graphs for shapes that come again.
 
-One run at a time per plan. The contexts of all plans of a process take their working memory from one place, as large as
-the largest needs; so another ratio costs its weights and its buffers, not its activations.
+One run at a time per plan. All contexts of a process take their working memory from one place, as large as the largest
+needs; so another ratio costs its weights and its buffers, not its activations. A shape that comes for the second time
+gets a context of its own, on which its run is captured: a captured graph holds only while its context's shapes stay.
 """
 
 from __future__ import annotations
@@ -20,21 +21,41 @@ import numpy as np
 from variator.engines.base import TOKENS, Arrays, Feed, check_held
 from variator.engines.cuda import Buffer, CapturedGraph, Pinned, Stream
 from variator.engines.profiles import Shape, ShapeProfile, tightest
+from variator.engines.tensorrt.flavours import Flavour
+from variator.engines.tensorrt.rtx import JustInTime
 from variator.errors import EngineError
 from variator.toolkit.rows import Outputs
 
 MAX_GRAPHS = 32
-"""Captured graphs that a profile keeps; the one that was not used for longest goes."""
+"""Captured graphs that a plan keeps; the one that was not used for longest goes."""
+
+MAX_SEEN = 1024
+"""Shapes that a plan remembers to have run once."""
 
 Sizes = tuple[int, ...]
+Run = tuple[int, Shape, int]
+"""What a captured graph is for: profile, shape, and the number of what is held."""
 
 
 class Workspace:
-    """Working memory of all execution contexts of this process; whoever runs holds the lock."""
+    """Working memory of all contexts of this process, until its last plan goes. Whoever runs holds the lock."""
 
     def __init__(self) -> None:
         self.lock = RLock()
         self.buffer = Buffer()
+        self._plans = 0
+
+    def join(self) -> None:
+        """A plan begins to use it."""
+        with self.lock:
+            self._plans += 1
+
+    def leave(self) -> None:
+        """A plan is done with it."""
+        with self.lock:
+            self._plans -= 1
+            if not self._plans:
+                self.buffer.close()
 
 
 WORKSPACE = Workspace()
@@ -45,30 +66,80 @@ class Held:
 
     numbers = count()
 
-    def __init__(self, arrays: Arrays, stream: Stream) -> None:
+    def __init__(self, arrays: Arrays) -> None:
         self.number = next(self.numbers)
         self.arrays = dict(arrays)
         self.shapes = {name: array.shape for name, array in arrays.items()}
         self.buffers = {name: Buffer() for name in arrays}
-        for name, array in arrays.items():
-            self.buffers[name].ensure(array.nbytes, f"the plugin's {name}")
-            stream.to_device(self.buffers[name].address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
-            stream.wait()  # before the copy of the array goes
+        if not arrays:
+            return
+        stream = Stream()  # its own: another thread may be capturing on the plan's
+        try:
+            for name, array in arrays.items():
+                whole = np.ascontiguousarray(array)
+                self.buffers[name].ensure(whole.nbytes, f"the plugin's {name}")
+                stream.to_device(self.buffers[name].address, whole.ctypes.data, whole.nbytes)
+                stream.wait()  # before `whole` goes
+        finally:
+            stream.close()
 
     def __del__(self) -> None:
         for buffer in getattr(self, "buffers", {}).values():
             buffer.close()
 
 
-class Plan:
-    """A plan on the device, with what every engine made of it shares."""
+class Context:
+    """One execution context of a plan, in one profile, set to one shape and plugin at a time."""
 
-    def __init__(self, library: ModuleType, path: Path, logger: Any) -> None:
+    def __init__(self, plan: Plan, index: int) -> None:
+        self._plan = plan
+        self.native = plan.new_context()
+        if self.native is None:
+            raise EngineError(f"no execution context could be made{plan.reasons()}", fix="load fewer ratios")
+        plan.check(self.native.set_optimization_profile_async(index, plan.stream.handle), f"profile {index}")
+        self._working_bytes = int(plan.native.get_device_memory_size_for_profile_v2(index))
+        self.shapes: dict[str, Sizes] = {}
+        self._ready: tuple[object, ...] = ()
+
+    def shape(self, feed: Feed, held: Held) -> dict[str, Sizes]:
+        """Set the inputs' shapes; those of the outputs."""
+        plan, given = self._plan, {name: array.shape for name, array in feed.items()} | held.shapes
+        if given != self.shapes:
+            self.shapes, self._ready = {}, ()
+            for name, size in given.items():
+                plan.check(self.native.set_input_shape(name, size), f"shape {size} of {name}")
+            self.shapes = given
+        outputs = {name: tuple(self.native.get_tensor_shape(name)) for name in plan.outputs}
+        plan.check(all(size >= 0 for sizes in outputs.values() for size in sizes), f"these shapes: {given}")
+        return outputs
+
+    def place(self, held: Held, what: str) -> None:
+        """Tell it where everything lies, if that has changed."""
+        plan = self._plan
+        WORKSPACE.buffer.ensure(self._working_bytes, f"working memory for {what}")
+        now = (held.number, WORKSPACE.buffer.address, *plan.addresses())
+        if self._ready != now:
+            self.native.set_device_memory(WORKSPACE.buffer.address, WORKSPACE.buffer.bytes)
+            buffers = plan.device | held.buffers
+            for name in (*plan.inputs, *plan.outputs):
+                plan.check(self.native.set_tensor_address(name, buffers[name].address), f"the address of {name}")
+            self._ready = now
+
+
+class Plan:
+    """A plan on the device, with what every engine made of it shares.
+
+    Args:
+        made: File for the kernels of a library that makes them when they are needed.
+    """
+
+    def __init__(self, flavour: Flavour, library: ModuleType, path: Path, logger: Any, made: Path) -> None:
         self._runtime = library.Runtime(logger)
         self.native = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._logger = logger
         if self.native is None:
-            raise EngineError(f"{path} cannot be loaded: {logger.words() or 'the library does not say why'}")
-        self.library, self.logger = library, logger
+            raise EngineError(f"{path} cannot be loaded{self.reasons() or ': the library does not say why'}")
+        self.library = library
         names = [self.native.get_tensor_name(index) for index in range(self.native.num_io_tensors)]
         taken = library.TensorIOMode.INPUT
         self.inputs = [name for name in names if self.native.get_tensor_mode(name) == taken]
@@ -78,12 +149,21 @@ class Plan:
             {name: self.native.get_tensor_profile_shape(name, index) for name in self.inputs}
             for index in range(self.native.num_optimization_profiles)
         ]
+        self.device = {name: Buffer() for name in names if name in TOKENS or name in self.outputs}
+        self._host = {name: Pinned() for name in self.device}
+        self._jit = None if flavour.device_code else JustInTime(library, self.native, made)
         self.stream, self.lock = Stream(), Lock()
-        self._lanes: dict[int, Lane] = {}
+        self._contexts: dict[int, Context] = {}
+        self._captured: OrderedDict[Run, tuple[Context, CapturedGraph]] = OrderedDict()
+        self._seen: OrderedDict[Run, None] = OrderedDict()
+        self._known = self.addresses()
+        self.uncaptured = ""
+        """Why nothing is captured any more; empty as long as that works."""
+        WORKSPACE.join()
 
     @property
     def precision(self) -> str:
-        """That of its matrix products, which the builder read from the network and wrote into the plan."""
+        """That of most of its weights, as the builder read it from the library's network; it travels in the plan."""
         return str(self.native.name).rsplit(":", 1)[-1]
 
     def profiles(self, held: Mapping[str, Sizes]) -> dict[int, ShapeProfile]:
@@ -94,19 +174,133 @@ class Plan:
             if all(_inside(shape, ranges[name]) for name, shape in held.items())
         }
 
-    def lane(self, index: int) -> Lane:
-        """The execution context of a profile, made when it is first needed."""
-        if index not in self._lanes:
-            self._lanes[index] = Lane(self, index)
-        return self._lanes[index]
+    def new_context(self) -> Any:
+        """An execution context of the library that brings no working memory of its own."""
+        strategy = self.library.ExecutionContextAllocationStrategy.USER_MANAGED
+        return self.native.create_execution_context(self._jit.config if self._jit else strategy)
+
+    def reasons(self) -> str:
+        """What the library said last, as the end of an error."""
+        words = self._logger.words()
+        return f": {words}" if words else ""
+
+    def check(self, fine: object, what: str) -> None:
+        """Raise `EngineError` if the library refused something."""
+        if not fine:
+            raise EngineError(f"the plan refuses {what}{self.reasons()}", fix="build it again with --rebuild")
+
+    def addresses(self) -> list[int]:
+        """Where the buffers lie that contexts and captured graphs rely on."""
+        device = [buffer.address for buffer in self.device.values()]
+        return [*device, *(buffer.address for buffer in self._host.values())]
+
+    def run(self, index: int, feed: Feed, held: Held) -> Outputs:
+        """One run, start to end.
+
+        Args:
+            index: Of a profile that holds the shape.
+        """
+        shape = Shape(*next(iter(feed.values())).shape)
+        key = (index, shape, held.number)
+        with self.lock, WORKSPACE.lock:
+            context = self._captured[key][0] if key in self._captured else self._context(index)
+            outputs = context.shape(feed, held)
+            self._have_room(feed, outputs)
+            context.place(held, str(shape))
+            self._forget_moved()
+            for name, array in feed.items():
+                self._host[name].array(array.shape, self.dtypes[name])[...] = array
+            if key in self._captured:
+                self._captured.move_to_end(key)
+                self._captured[key][1].launch(self.stream)
+            else:
+                self._enqueue(context, feed, outputs)
+            self.stream.wait()
+            results = {
+                name: self._host[name].array(size, self.dtypes[name]).astype(np.float32, copy=True)
+                for name, size in outputs.items()
+            }
+            if key not in self._captured and self._again(key):
+                self._capture(key, feed, held)
+            return results
+
+    def _context(self, index: int) -> Context:
+        """That of a profile, made when it is first needed."""
+        if index not in self._contexts:
+            self._contexts[index] = Context(self, index)
+        return self._contexts[index]
+
+    def _have_room(self, feed: Feed, outputs: Mapping[str, Sizes]) -> None:
+        need = {name: (array.shape, f"input {name}") for name, array in feed.items()}
+        need |= {name: (size, f"output {name}") for name, size in outputs.items()}
+        for name, (size, what) in need.items():
+            wanted = math.prod(size) * self.dtypes[name].itemsize
+            self.device[name].ensure(wanted, what)
+            self._host[name].ensure(wanted, what)
+
+    def _forget_moved(self) -> None:
+        """Throw captured graphs away if something they rely on has moved, the common working memory, too."""
+        now = [*self.addresses(), WORKSPACE.buffer.address]
+        if now != self._known:
+            self._drop()
+            self._known = now
+
+    def _enqueue(self, context: Context, feed: Feed, outputs: Mapping[str, Sizes]) -> None:
+        """Inputs in, computation, outputs out: onto the stream."""
+        for name, array in feed.items():
+            count_ = array.size * self.dtypes[name].itemsize
+            self.stream.to_device(self.device[name].address, self._host[name].address, count_)
+        self.check(context.native.execute_async_v3(self.stream.handle), "to run")
+        for name, size in outputs.items():
+            count_ = math.prod(size) * self.dtypes[name].itemsize
+            self.stream.to_host(self._host[name].address, self.device[name].address, count_)
+
+    def _again(self, key: Run) -> bool:
+        """Whether this run has been asked for before, and should be captured."""
+        if self._jit is not None or self.uncaptured:  # TensorRT-RTX captures by itself
+            return False
+        if key in self._seen:
+            del self._seen[key]
+            return True
+        self._seen[key] = None
+        while len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return False
+
+    def _capture(self, key: Run, feed: Feed, held: Held) -> None:
+        """Record this run on a context of its own. If that fails, runs go on without, and `uncaptured` says why."""
+        while len(self._captured) >= MAX_GRAPHS:
+            self._captured.popitem(last=False)[1][1].close()
+        try:
+            context = Context(self, key[0])
+            outputs = context.shape(feed, held)
+            context.place(held, str(key[1]))
+            self._enqueue(context, feed, outputs)  # what a first run prepares cannot be captured
+            self.stream.wait()
+            graph = self.stream.capture(lambda: self._enqueue(context, feed, outputs))
+        except EngineError as error:
+            self.uncaptured = error.what
+        else:
+            self._captured[key] = (context, graph)
+        self._forget_moved()
+
+    def _drop(self) -> None:
+        while self._captured:
+            self._captured.popitem()[1][1].close()
 
     def close(self) -> None:
         """Give all memory back."""
-        with self.lock:
-            while self._lanes:
-                self._lanes.popitem()[1].close()
+        with self.lock, WORKSPACE.lock:
+            self._drop()
+            self._contexts.clear()
+            for name in self.device:
+                self.device[name].close()
+                self._host[name].close()
+            if self._jit is not None:
+                self._jit.save()
             self.stream.close()
             del self.native, self._runtime
+            WORKSPACE.leave()
 
 
 def _inside(shape: Sizes, limits: Sequence[Any]) -> bool:
@@ -114,118 +308,13 @@ def _inside(shape: Sizes, limits: Sequence[Any]) -> bool:
     return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
 
-class Lane:
-    """One profile of a plan: its context, its buffers and what was captured on them."""
-
-    def __init__(self, plan: Plan, index: int) -> None:
-        self._plan, self._index = plan, index
-        strategy = plan.library.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._context = plan.native.create_execution_context(strategy)
-        if self._context is None:
-            raise EngineError(f"no execution context could be made: {plan.logger.words()}", fix="load fewer ratios")
-        self._context.set_optimization_profile_async(index, plan.stream.handle)
-        self._device = {name: Buffer() for name in (*TOKENS, *plan.outputs)}
-        self._host = {name: Pinned() for name in self._device}
-        self._graphs: OrderedDict[tuple[Shape, int], CapturedGraph] = OrderedDict()
-        self._working_bytes = int(plan.native.get_device_memory_size_for_profile_v2(index))
-        self._set: tuple[Shape, int] | None = None
-        self._known = self._addresses()
-
-    def run(self, feed: Feed, held: Held) -> Outputs:
-        """One run, start to end."""
-        stream = self._plan.stream
-        shape = Shape(*next(iter(feed.values())).shape)
-        key = (shape, held.number)
-        with WORKSPACE.lock:
-            shapes = self._ready(shape, feed, held, key)
-            for name, array in feed.items():
-                self._host[name].array(array.shape, self._plan.dtypes[name])[...] = array
-            if key in self._graphs:
-                self._graphs.move_to_end(key)
-                self._graphs[key].launch(stream)
-                stream.wait()
-            else:
-                self._enqueue(feed, shapes)
-                stream.wait()  # the first run of a shape prepares what a capture must not do
-                self._capture(key, feed, shapes)
-            return {
-                name: self._host[name].array(shapes[name], self._plan.dtypes[name]).astype(np.float32, copy=True)
-                for name in self._plan.outputs
-            }
-
-    def _ready(self, shape: Shape, feed: Feed, held: Held, key: tuple[Shape, int]) -> dict[str, Sizes]:
-        """Shapes set, memory there, addresses told. What was captured on other addresses is thrown away."""
-        plan, context = self._plan, self._context
-        if self._set != key:
-            given = {name: array.shape for name, array in feed.items()} | held.shapes
-            for name, size in given.items():
-                if not context.set_input_shape(name, size):
-                    raise EngineError(f"the plan refuses shape {size} of {name}: {plan.logger.words()}")
-        shapes = {name: tuple(context.get_tensor_shape(name)) for name in plan.outputs}
-        need = {name: (array.shape, f"input {name}") for name, array in feed.items()}
-        need |= {name: (size, f"output {name}") for name, size in shapes.items()}
-        try:
-            for name, (size, what) in need.items():
-                wanted = math.prod(size) * plan.dtypes[name].itemsize
-                self._device[name].ensure(wanted, what)
-                self._host[name].ensure(wanted)
-            WORKSPACE.buffer.ensure(self._working_bytes, f"working memory for {shape}")
-        finally:  # if there was no room, too: some buffers are elsewhere then; and others move the working memory
-            if self._addresses() != self._known:
-                self._drop()
-                self._known, self._set = self._addresses(), None
-        if self._set != key:
-            context.set_device_memory(WORKSPACE.buffer.address, WORKSPACE.buffer.bytes)
-            for name in (*feed, *plan.outputs):
-                context.set_tensor_address(name, self._device[name].address)
-            for name, buffer in held.buffers.items():
-                context.set_tensor_address(name, buffer.address)
-            self._set = key
-        return shapes
-
-    def _addresses(self) -> list[int]:
-        """What captured graphs and the context rely on."""
-        device = [buffer.address for buffer in self._device.values()]
-        return [*device, *(buffer.address for buffer in self._host.values()), WORKSPACE.buffer.address]
-
-    def _enqueue(self, feed: Feed, shapes: Mapping[str, Sizes]) -> None:
-        """Inputs in, computation, outputs out: onto the stream."""
-        stream, dtypes = self._plan.stream, self._plan.dtypes
-        for name, array in feed.items():
-            stream.to_device(self._device[name].address, self._host[name].address, array.size * dtypes[name].itemsize)
-        if not self._context.execute_async_v3(stream.handle):
-            raise EngineError(f"the plan could not be run: {self._plan.logger.words()}")
-        for name, size in shapes.items():
-            stream.to_host(
-                self._host[name].address, self._device[name].address, math.prod(size) * dtypes[name].itemsize
-            )
-
-    def _capture(self, key: tuple[Shape, int], feed: Feed, shapes: Mapping[str, Sizes]) -> None:
-        """Record a run of this shape for the next time."""
-        while len(self._graphs) >= MAX_GRAPHS:
-            self._graphs.popitem(last=False)[1].close()
-        self._graphs[key] = self._plan.stream.capture(lambda: self._enqueue(feed, shapes))
-
-    def _drop(self) -> None:
-        while self._graphs:
-            self._graphs.popitem()[1].close()
-
-    def close(self) -> None:
-        """Give its memory back."""
-        self._drop()
-        for name in self._device:
-            self._device[name].close()
-            self._host[name].close()
-        del self._context
-
-
 class TensorRtEngine:
     """See `Engine`: a plan and the inputs it holds."""
 
     def __init__(self, plan: Plan, held: Held | None = None) -> None:
         self.precision = plan.precision
-        self._plan = plan
-        self._held = held or Held({}, plan.stream)
+        self.plan = plan
+        self._held = held or Held({})
         self._profiles = plan.profiles(self._held.shapes)
 
     @property
@@ -241,26 +330,24 @@ class TensorRtEngine:
         """
         indices = list(self._profiles)
         index = indices[tightest(self.profiles, *next(iter(feed.values())).shape)]
-        with self._plan.lock:
-            return self._plan.lane(index).run(feed, self._held)
+        return self.plan.run(index, feed, self._held)
 
     def hold(self, inputs: Arrays) -> TensorRtEngine:
         """See `Engine.hold`."""
-        names = self._plan.inputs
-        given = {name: array.astype(self._plan.dtypes[name]) for name, array in inputs.items() if name in names}
+        names = self.plan.inputs
+        given = {name: array.astype(self.plan.dtypes[name]) for name, array in inputs.items() if name in names}
         arrays = {**self._held.arrays, **given}
         check_held(names, arrays)
         if not arrays:
             return self
-        engine = TensorRtEngine(self._plan, Held(arrays, self._plan.stream))
-        if not engine.profiles:
+        if not self.plan.profiles({name: array.shape for name, array in arrays.items()}):
             sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in given.items())
             raise EngineError(
                 f"no profile of the plan holds this plugin ({sizes})",
                 fix="build again from a bundle that was exported with a plugin of that ratio",
             )
-        return engine
+        return TensorRtEngine(self.plan, Held(arrays))
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._plan.close()
+        self.plan.close()
