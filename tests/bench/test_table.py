@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from tests.bench.records import make_record, make_result, unstable, untrain
+from variator.bench import record as record_module
 from variator.bench import table, wording
 from variator.bench.record import Memory, Quality, Record
+from variator.engines.gpu import Gpu
 
 EMPTY: dict[str, Any] = {"results": [], "quality": [], "flops": [], "memory": [], "plugins": [], "disk": {}}
 
@@ -128,6 +130,18 @@ def test_names_can_break_neither_terminal_nor_markdown() -> None:
 def test_an_empty_part_is_left_out(field: str) -> None:
     record = make_record(**{field: EMPTY[field]})
     assert printed(record) and table.markdown(record)
+
+
+def test_the_header_names_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = make_record()
+    assert "CUDA" not in table.header(record)
+    machine = dataclasses.replace(record.machine, gpu="NVIDIA Rehearsal", cuda="13.0", gpu_memory_bytes=8_000_000_000)
+    line = table.header(dataclasses.replace(record, machine=machine))
+    assert "NVIDIA Rehearsal with 8.0 GB and CUDA 13.0" in line
+    monkeypatch.setattr(record_module, "no_gpu", lambda: None)
+    monkeypatch.setattr(record_module, "gpu", lambda: Gpu("NVIDIA Rehearsal", "8.9", "13.0", 8_000_000_000))
+    here = record_module.this_machine()
+    assert (here.gpu, here.cuda, here.gpu_memory_bytes) == ("NVIDIA Rehearsal", "13.0", 8_000_000_000)
 
 
 def test_an_empty_record_prints_its_header() -> None:

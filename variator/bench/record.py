@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from variator import machine
+from variator.engines.gpu import gpu, no_gpu
 from variator.errors import InputError
 from variator.toolkit.bundle import PER_RATIO
 from variator.toolkit.plugin_format import Key
@@ -25,9 +26,20 @@ STOCK = (f"{PEER}onnxruntime-stock", "fp32")
 """Engine and precision of the usual yardstick: ONNX Runtime with its own transformer optimiser, without us."""
 
 
+PACKAGES = (
+    "variator", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13", "tensorrt-rtx", "cuda-bindings", "torch",
+    "transformers", "numpy",
+)  # fmt: skip
+"""Whose versions a record has, as far as they are installed."""
+
+
 @dataclass(frozen=True)
 class Machine:
-    """Where the figures were measured."""
+    """Where the figures were measured.
+
+    Args:
+        gpu, cuda, gpu_memory_bytes: Its name, the newest CUDA of its driver, its memory; empty and 0 without one.
+    """
 
     cpu: str
     cores: int
@@ -35,12 +47,15 @@ class Machine:
     features: list[str]
     system: str
     date: str
+    gpu: str = ""
+    cuda: str = ""
+    gpu_memory_bytes: int = 0
 
 
 def package_versions() -> dict[str, str]:
     """Versions of the installed packages that measurements depend on."""
     versions = {}
-    for package in ("variator", "onnxruntime", "openvino", "torch", "transformers", "numpy"):
+    for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -51,9 +66,11 @@ def package_versions() -> dict[str, str]:
 def this_machine() -> Machine:
     """This machine, now."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Machine(
-        machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system(), now
-    )
+    processor = (machine.cpu_name(), machine.cores(), machine.memory_bytes(), machine.cpu_features(), machine.system())
+    if no_gpu():
+        return Machine(*processor, now)
+    here = gpu()
+    return Machine(*processor, now, here.name, here.cuda, here.memory_bytes)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def header(record: Record) -> str:
     model, machine = record.model, record.machine
     weights = "real weights" if model.real else "TOY: random weights"
     computer = f"{machine.cpu}, {count(machine.cores, 'core')}, {size(machine.memory_bytes)}"
+    if machine.gpu:
+        computer += f", {machine.gpu} with {size(machine.gpu_memory_bytes)} and CUDA {machine.cuda}"
     return clean(f"{model.id} ({weights}) | {computer}, {machine.system} | {machine.date}")
 
 
