@@ -315,9 +315,7 @@ def train(
     ] = None,
     task: DatasetOption = None,
     data: DataOption = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Width of the bottleneck; 64 by default, with --from a smaller one.", min=1)
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Width of the bottleneck; 64 by default.", min=1)] = None,
     activation: Annotated[
         str | None, typer.Option(help="Of the bottleneck: gelu by default, tanh (the paper's), gelu_tanh, relu, silu.")
     ] = None,

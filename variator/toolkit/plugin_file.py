@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,34 +144,6 @@ class Plugin:
             raise PluginError(
                 f"{where}: the head reads {self.head.weight.shape[1]} values", valid=f"{self.hidden_size}", fix=fix
             )
-
-    def narrowed(self, rank: int, name: str = "") -> Plugin:
-        """This plugin with fewer units in its bottlenecks: in each layer those with the largest weights in and out.
-
-        A start for training, which makes good what is lost.
-
-        Args:
-            rank: Units to keep, fewer than there are.
-            name: Of the new setting; empty leaves it to the ratio.
-
-        Raises:
-            PluginError: If it has no more than that, or a rank of its own per layer.
-        """
-        if self.config.schedule or not 1 <= rank < self.config.rank:
-            own = "a schedule" if self.config.schedule else f"rank {self.config.rank}"
-            raise PluginError(
-                f"the plugin {self.config.key} has {own} and cannot be made one of rank {rank}",
-                valid=f"1 to {self.config.rank - 1}, of a plugin with one rank for all layers",
-            )
-        tensors = dict(self.tensors)
-        for layer in range(self.layers):
-            site = f"layers.{layer}.ffn"
-            down, up = tensors[f"{site}.down.weight"], tensors[f"{site}.up.weight"]
-            strength = np.linalg.norm(down, axis=1) * np.linalg.norm(up, axis=0)
-            kept = np.sort(np.argsort(-strength, kind="stable")[:rank])
-            tensors[f"{site}.down.weight"], tensors[f"{site}.up.weight"] = down[kept], up[:, kept]
-            tensors[f"{site}.down.bias"] = tensors[f"{site}.down.bias"][kept]
-        return replace(self, config=replace(self.config, rank=rank, name=name), tensors=tensors)
 
     def check_plain(self, where: str) -> None:
         """Raise `PluginError` unless a shared graph can take it; `where` names the plugin."""

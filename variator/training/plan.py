@@ -69,18 +69,12 @@ class Plan:
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown:
             raise InputError(f"preset {unknown[0]!r}", valid=", ".join(PRESETS))
-        beside = (self.keys_values, self.keys_values_rank, self.first_alone or None)
-        sites = (self.rank, *beside)
+        sites = (self.rank, self.keys_values, self.keys_values_rank, self.first_alone or None)
         chosen_here = any(value is not None for value in (*sites, self.activation, self.name or None))
-        kept = any(value is not None for value in (*beside, self.activation))
-        if self.start and (self.budget is not None or self.presets or kept or (self.name and self.rank is None)):
+        if self.start and (self.budget is not None or self.presets or chosen_here):
             raise InputError(
-                "plugins that are gone on --from keep their activation and sites",
-                valid="--rank for a smaller one, with --setting for its name",
-                fix="leave the rest out",
+                "plugins that are gone on --from keep their rank, activation and sites", fix="leave those out"
             )
-        if self.start and self.name and len(self.ratios) > 1:
-            raise InputError(f"one name, {self.name}, for several ratios", fix="train them one after the other")
         if self.budget is not None and any(value is not None for value in sites):
             raise InputError(
                 "--budget chooses ratio and rank per layer at the FFN site", valid="--activation, --setting and --steps"
@@ -99,13 +93,12 @@ class Plan:
         return usual if self.local_steps is None else self.local_steps
 
     def before(self) -> list[Plugin]:
-        """The plugins to go on from, made smaller if a rank is asked for.
+        """The plugins to go on from.
 
         Raises:
-            PluginError: If one is missing, damaged or has not the rank to be made smaller.
+            PluginError: If one is missing or damaged.
         """
-        found = [load_named(self.start / file_name(key)) for key in self.ratios] if self.start else []
-        return [plugin.narrowed(self.rank, self.name) for plugin in found] if self.rank else found
+        return [load_named(self.start / file_name(key)) for key in self.ratios] if self.start else []
 
     def configs(self) -> tuple[PluginConfig, ...]:
         """Plugins to train from the beginning; of a budget one that has the schedule's activation."""
