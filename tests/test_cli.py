@@ -49,6 +49,8 @@ def test_the_whole_way_from_a_checkpoint_to_a_report(checkpoint: Path, tmp_path:
         4,
         "--corpus",
         corpus,
+        "--local-steps",
+        20,
         "--steps",
         5,
         "--rank",
