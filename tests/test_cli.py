@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import torch
 from tests.conftest import lively
 from tests.tasks.toys import write_tasks
 from tests.toolkit.test_authors import released
+from variator import cli
 from variator.bench.record import Record
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
@@ -230,6 +233,18 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, tmp_path: P
         if len(stopped) == 2:
             break
     assert len(stopped) == 2 and stopped[1] > stopped[0] > 0
+
+
+def test_ctrl_c_before_there_is_anything_to_save_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bundle, "open", interrupted)
+    monkeypatch.setattr(sys, "argv", ["variator", "inspect", "anything"])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1 and "interrupted" in said.getvalue()
 
 
 def test_serving_and_plugging_import_neither_torch_nor_transformers(

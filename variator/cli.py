@@ -680,10 +680,19 @@ def _command_line() -> str:
     return " ".join(["variator", *sys.argv[1:]])
 
 
+INTERRUPTED = 130
+"""With which typer ends on Ctrl-C, without a word."""
+
+
 def main() -> None:
     """Entry point: exit status 0 done, 1 failed, 2 wrong usage; a traceback only with VARIATOR_DEBUG=1."""
     try:
-        app()
+        try:
+            app()
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                raise KeyboardInterrupt from end
+            raise
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("VARIATOR_DEBUG") == "1":
             raise

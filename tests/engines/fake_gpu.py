@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ class FakeCuda:
         self.queues: dict[int, list[Callable[[], None]]] = {}
         self.captures: dict[int, list[Callable[[], None]]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.events: dict[int, float] = {}
         self.launched = 0
         self.last = 0
 
@@ -107,6 +109,27 @@ class FakeCuda:
             ctypes.memmove(target, source, count)
 
         self.put(stream, copy)
+        return (OK,)
+
+    def cudaDeviceSynchronize(self) -> tuple[Status]:  # noqa: N802
+        for stream in self.queues:
+            self.cudaStreamSynchronize(stream)
+        return (OK,)
+
+    def cudaEventCreate(self) -> tuple[Status, int]:  # noqa: N802
+        event = self.number()
+        self.events[event] = 0.0
+        return OK, event
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[Status]:  # noqa: N802
+        self.put(stream, lambda: self.events.__setitem__(event, time.perf_counter()))
+        return (OK,)
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[Status, float]:  # noqa: N802
+        return OK, (self.events[end] - self.events[start]) * 1e3
+
+    def cudaEventDestroy(self, event: int) -> tuple[Status]:  # noqa: N802
+        del self.events[event]
         return (OK,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Status]:  # noqa: N802
@@ -218,6 +241,10 @@ class FakeEngine:
         found = {"embedding": (batch, 32), "last_hidden_state": (batch, length, 32)}
         return found[name] if name in found else (batch, shapes["head.bias"][0])
 
+    def create_engine_inspector(self) -> Any:
+        layers = [{"LayerType": "Myelin"}, {"LayerType": "Reformat"}, {"LayerType": "Myelin"}]
+        return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": layers}))
+
     def create_execution_context(self, strategy: str) -> FakeContext:
         assert strategy == "user managed"
         return FakeContext(self)
@@ -238,6 +265,8 @@ class FakeLibrary:
 
     TensorIOMode = SimpleNamespace(INPUT="in")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+
+    LayerInformationFormat = SimpleNamespace(JSON="json")
 
     class ILogger:
         INTERNAL_ERROR, ERROR = "internal", "error"

@@ -257,6 +257,8 @@ def test_what_was_built_ahead_of_time_is_checked_where_it_runs_without_being_com
     engine = load_engine(copy, found, "ratio-4.onnx")
     assert [str(profile) for profile in engine.profiles] == PROFILES.split(",")
     engine.close()
+    summary = built_summary(copy)[0]
+    assert "ratio-4: layers: 2 Myelin, 1 Reformat" in summary and "ratio-4: inputs: input_ids int64" in summary
 
 
 def test_plans_that_answer_as_another_ratio_do_not_pass_at_the_corners(

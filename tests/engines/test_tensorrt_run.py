@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,17 @@ import pytest
 from tests.conftest import lively
 from tests.engines.fake_gpu import FakeCuda, FakeEngine, FakeLibrary, write_plan
 from variator.engines import cuda as cuda_module
+from variator.engines import device as device_module
+from variator.engines.base import DeviceEngine
 from variator.engines.cuda import GRAIN, Buffer
+from variator.engines.device import DeviceArray
 from variator.engines.profiles import ShapeProfile, parse_profiles
 from variator.engines.tensorrt import engine as engine_module
 from variator.engines.tensorrt.backend import logger_of
 from variator.engines.tensorrt.builder import input_ranges
 from variator.engines.tensorrt.engine import MAX_GRAPHS, Plan, TensorRtEngine, Workspace
 from variator.engines.tensorrt.flavours import TENSORRT
-from variator.errors import EngineError
+from variator.errors import EngineError, InputError
 from variator.exporters.gate import Feed, full_feed, load_cases, plain_runner
 from variator.toolkit.bundle import GATE_FILE, Bundle
 from variator.toolkit.checkpoint import Backbone
@@ -33,7 +38,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(cuda_module, "runtime", lambda: fake)
     monkeypatch.setattr(engine_module, "WORKSPACE", Workspace())
     yield fake
-    assert not fake.memory and not fake.pinned and not fake.graphs and not fake.queues  # everything was given back
+    assert (
+        not fake.memory and not fake.pinned and not fake.graphs and not fake.queues and not fake.events
+    )  # everything was given back
 
 
 def load(
@@ -64,6 +71,139 @@ def test_every_shape_is_answered_right_the_first_time_and_from_a_captured_graph(
             np.testing.assert_allclose(engine.run(feed)["embedding"], reference(feed)["embedding"], atol=1e-6)
     assert cuda.launched == 4 + 4 + 1 + 1  # of each shape all but the first two runs
     engine.close()
+
+
+def on_fake_device(cuda: FakeCuda, feed: Feed) -> dict[str, DeviceArray]:
+    """A feed's tensors in the fake's memory; they belong to the one who asked."""
+    found = {}
+    for name, array in feed.items():
+        buffer = Buffer()
+        buffer.ensure(array.nbytes, name)
+        ctypes.memmove(buffer.address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        weakref.finalize(buffer, lambda address=buffer.address: cuda.cudaFree(address))
+        found[name] = DeviceArray(buffer.address, array.shape, array.dtype, buffer)
+    return found
+
+
+class Foreign:
+    """A tensor as a library on the GPU has it: it is told on which stream it will be read."""
+
+    def __init__(self, lender: object) -> None:
+        self.lender = lender
+        self.streams: list[int] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+    def __dlpack__(self, *, stream: int) -> object:
+        self.streams.append(stream)
+        return self.lender.__dlpack__()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake's device memory is this machine's: let numpy read and lend it as if it were the device."""
+    monkeypatch.setattr(device_module, "CUDA", 1)
+
+
+@pytest.mark.usefixtures("readable")
+def test_tensors_on_the_device_are_taken_and_given_through_dlpack(
+    bundle: Bundle, cuda: FakeCuda, tmp_path: Path
+) -> None:
+    engine = load(bundle, "ratio-4.onnx", cuda, tmp_path)
+    assert isinstance(engine, DeviceEngine)
+    reference = plain_runner(bundle.graph(4))
+    kept = []
+    for seed in range(6):
+        feed = feed_of(bundle, 3, 16, seed)
+        given = {name: Foreign(array) for name, array in on_fake_device(cuda, feed).items()}
+        result = engine.run_on_device(given)
+        assert all(tensor.streams == [engine.plan.stream.handle] for tensor in given.values())
+        assert result.device_ms > 0
+        found = np.from_dlpack(result.outputs["embedding"])
+        np.testing.assert_allclose(found, reference(feed)["embedding"], atol=1e-6)
+        kept.append((found, reference(feed)["embedding"]))
+        del result
+    for found, expected in kept:  # none was written over while somebody had it
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert len({found.ctypes.data for found, _ in kept}) == 6
+    engine.close()
+    np.testing.assert_allclose(kept[0][0], kept[0][1], atol=1e-6)  # and it outlives the engine
+    kept.clear()
+    del found, given
+
+
+@pytest.mark.usefixtures("readable")
+def test_a_run_on_the_same_tensors_is_captured_and_sees_what_is_in_them_now(
+    bundle: Bundle, cuda: FakeCuda, tmp_path: Path
+) -> None:
+    engine = load(bundle, "ratio-4.onnx", cuda, tmp_path)
+    reference = plain_runner(bundle.graph(4))
+    tensors = on_fake_device(cuda, feed_of(bundle, 3, 16))
+    for seed in range(5):
+        feed = feed_of(bundle, 3, 16, seed)
+        for name, array in feed.items():
+            ctypes.memmove(tensors[name].address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        found = np.from_dlpack(engine.run_on_device(tensors).outputs["embedding"]).copy()
+        np.testing.assert_allclose(found, reference(feed)["embedding"], atol=1e-6)
+        np.testing.assert_allclose(engine.run(feed)["embedding"], reference(feed)["embedding"], atol=1e-6)
+    assert cuda.launched == 3 + 3
+    engine.close()
+    assert not cuda.graphs
+    del tensors
+
+
+@pytest.mark.usefixtures("readable")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda feed: {**feed, "input_ids": feed["input_ids"].astype(np.int32)}, "input_ids is int32"),
+        (lambda feed: {**feed, "input_ids": feed["input_ids"][:, ::2]}, "input_ids is not dense"),
+        (lambda feed: {**feed, "input_ids": feed["input_ids"][:, :4].copy()}, r"shapes are(.|\n)*\[3, 4\]"),
+        (lambda feed: {**feed, "input_ids": [[1]]}, "input_ids is a list"),
+        (lambda feed: {"input_ids": feed["input_ids"]}, r"the tensors are input_ids(.|\n)*attention_mask"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    bundle: Bundle, cuda: FakeCuda, tmp_path: Path, spoil: Callable[[Feed], dict[str, object]], message: str
+) -> None:
+    engine = load(bundle, "ratio-4.onnx", cuda, tmp_path)
+    with pytest.raises(InputError, match=message):
+        engine.run_on_device(
+            {
+                name: Foreign(tensor) if isinstance(tensor, np.ndarray) else tensor
+                for name, tensor in spoil(feed_of(bundle, 3, 16)).items()
+            }
+        )
+    engine.close()
+
+
+def test_a_tensor_in_host_memory_is_not_taken_for_one_on_the_device(
+    bundle: Bundle, cuda: FakeCuda, tmp_path: Path
+) -> None:
+    engine = load(bundle, "ratio-4.onnx", cuda, tmp_path)
+    with pytest.raises(InputError, match=r"lies on DLPack's device 1:0(.|\n)*first GPU"):
+        engine.run_on_device(feed_of(bundle, 3, 16))
+    engine.close()
+
+
+@pytest.mark.usefixtures("readable")
+def test_what_is_lent_is_given_back_when_nobody_takes_it() -> None:
+    class Owner:
+        gone = False
+
+        def __del__(self) -> None:
+            Owner.gone = True
+
+    values = np.arange(6, dtype=np.float32)
+    array = DeviceArray(values.ctypes.data, (2, 3), values.dtype, Owner())
+    capsule = array.__dlpack__()
+    taken = np.from_dlpack(array)
+    np.testing.assert_array_equal(taken, values.reshape(2, 3))
+    del array, capsule
+    assert not Owner.gone
+    del taken
+    assert Owner.gone
 
 
 def test_a_result_is_the_callers_to_keep(bundle: Bundle, cuda: FakeCuda, tmp_path: Path) -> None:

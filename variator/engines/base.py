@@ -6,12 +6,13 @@ import importlib.metadata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from variator import machine
+from variator.engines.device import DeviceResult
 from variator.engines.profiles import ShapeProfile
 from variator.errors import EngineError, InputError
 from variator.toolkit.bundle import Bundle
@@ -67,6 +68,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give its memory back. For an engine that was loaded; those made by `hold` end with it."""
+
+
+@runtime_checkable
+class DeviceEngine(Protocol):
+    """An engine on a GPU, which takes what lies there as it is."""
+
+    def run_on_device(self, tensors: Mapping[str, Any]) -> DeviceResult:
+        """int64 [batch, S] tensors on the GPU, through DLPack -> outputs on the GPU, complete when this returns.
+
+        Raises:
+            InputError: If a tensor is not on the first GPU, not int64 or not dense.
+        """
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,9 @@ class Backend(Protocol):
     def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
         """Those of a built engine's files that `load` reads for a graph; none if it reads the bundle's own."""
 
+    def describe(self, bundle: Bundle, precision: str, directory: Path, graph: str) -> list[str]:
+        """What there is to say about the artefact of a graph, for people; it is loaded for that where it has to be."""
+
     def load(self, bundle: Bundle, precision: str, directory: Path, graph: str, threads: int) -> Engine:
         """Load the artefact of one of the bundle's graphs; its precision is read back from what was loaded."""
 
@@ -174,6 +190,10 @@ class CpuBackend:
     def misfit(self, target: Mapping[str, str]) -> str:
         """See `Backend.misfit`."""
         return "" if target == self.target(BuildOptions(), "") else "it was built on another kind of processor"
+
+    def describe(self, bundle: Bundle, precision: str, directory: Path, graph: str) -> list[str]:
+        """See `Backend.describe`."""
+        return []
 
     def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
         """See `Backend.artefacts`: one graph each, over common weights."""

@@ -232,6 +232,8 @@ def built_summary(bundle: Bundle) -> list[str]:
             record = read_record(directory)
             reason = why_not(bundle, record)
             details = _details(record) if record.choices else []
+            if not reason:
+                details += _told(bundle, BuiltEngine(directory, record))
         except EngineError as damage:
             reason = damage.what
         lines.append("\n  ".join([f"engine {name} {precision}: {reason or 'built'} ({directory.name})", *details]))
@@ -244,6 +246,16 @@ def _details(record: EngineRecord) -> list[str]:
     found = [f"{name.replace('_', ' ')}: {value.replace(',', ', ')}" for name, value in words.items()]
     files = ", ".join(f"{name} {entry.bytes / 1e6:.1f} MB" for name, entry in record.files.items())
     return [*found, f"files: {files}", f"checked: {'yes' if record.gated else 'not yet'}"]
+
+
+def _told(bundle: Bundle, built: BuiltEngine) -> list[str]:
+    """What the engine itself tells, graph by graph, where it can be asked."""
+    backend, found = BACKENDS[built.record.backend], []
+    for graph in bundle.graphs:
+        built.verify(*backend.artefacts(graph.name, built.record.files))
+        lines = backend.describe(bundle, built.record.precision, built.directory, graph.name)
+        found += [f"{graph.stem}: {line}" for line in lines]
+    return found
 
 
 def load_engine(bundle: Bundle, built: BuiltEngine, graph: str, threads: int = 0) -> Engine:

@@ -81,6 +81,46 @@ class Buffer:
         self.address, self.bytes = 0, 0
 
 
+class Lent:
+    """Device memory that goes back to its pool when nobody has it any more."""
+
+    def __init__(self, buffer: Buffer, pool: Pool) -> None:
+        self.buffer, self._pool = buffer, pool
+
+    def __del__(self) -> None:
+        self._pool.take_back(self.buffer)
+
+
+class Pool:
+    """Device memory for results that others keep as long as they like; addresses come again."""
+
+    def __init__(self) -> None:
+        self._spare: list[Buffer] = []
+        self._closed = False
+
+    def lend(self, count: int, what: str) -> Lent:
+        """At least `count` bytes; errors as `Buffer.ensure`."""
+        if self._spare:
+            # Whoever let go of it may have work on a stream of his own that still reads it.
+            call("cudaDeviceSynchronize")
+        lent = Lent(self._spare.pop() if self._spare else Buffer(), self)
+        lent.buffer.ensure(count, what)
+        return lent
+
+    def take_back(self, buffer: Buffer) -> None:
+        """Memory that its user is done with."""
+        if self._closed:
+            buffer.close()
+        else:
+            self._spare.append(buffer)
+
+    def close(self) -> None:
+        """Give back what nobody has; what is still lent is given back when it is let go of."""
+        self._closed = True
+        while self._spare:
+            self._spare.pop().close()
+
+
 class Pinned:
     """Host memory that the device copies from and to by itself; grows like `Buffer`."""
 
@@ -153,6 +193,26 @@ class Stream:
     def close(self) -> None:
         """Give it back."""
         call("cudaStreamDestroy", self.handle)
+
+
+class Timer:
+    """Time on the device between two places in a stream, by CUDA's events."""
+
+    def __init__(self) -> None:
+        self._start, self._end = call("cudaEventCreate"), call("cudaEventCreate")
+
+    def time(self, stream: Stream, work: Callable[[], None]) -> float:
+        """Do work on a stream and wait for it: ms from its start to its end on the device."""
+        call("cudaEventRecord", self._start, stream.handle)
+        work()
+        call("cudaEventRecord", self._end, stream.handle)
+        stream.wait()
+        return float(call("cudaEventElapsedTime", self._start, self._end))
+
+    def close(self) -> None:
+        """Give the events back."""
+        call("cudaEventDestroy", self._start)
+        call("cudaEventDestroy", self._end)
 
 
 class CapturedGraph:

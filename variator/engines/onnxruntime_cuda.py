@@ -12,7 +12,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from variator.engines.base import NO_PROFILES, Arrays, BuildOptions, Feed, OnProgress, check_held
+import numpy as np
+
+from variator.engines.base import NO_PROFILES, TOKENS, Arrays, BuildOptions, Feed, OnProgress, check_held
+from variator.engines.cuda import Stream, Timer
+from variator.engines.device import DeviceArray, DeviceResult, on_device
 from variator.engines.gpu import gpu, no_gpu
 from variator.engines.onnxruntime import WEIGHTS
 from variator.engines.written import check_precision, written_in
@@ -60,6 +64,27 @@ class OnnxRuntimeCudaEngine:
         self._session.run_with_iobinding(binding)
         return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
+    def run_on_device(self, tensors: Mapping[str, Any]) -> DeviceResult:
+        """See `DeviceEngine.run_on_device`. The time is that from before the call until the session is done."""
+        stream, timer = Stream(), Timer()
+        try:
+            names = [value.name for value in self._session.get_inputs() if value.name in TOKENS]
+            given = on_device(tensors, dict.fromkeys(names, np.int64), int(stream.handle))
+            stream.wait()  # the session has a stream of its own
+            binding = self._session.io_binding()
+            for name, array in given.items():
+                binding.bind_input(name, "cuda", 0, np.int64, array.shape, array.address)
+            for name, value in self._held.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                binding.bind_output(name, "cuda")
+            device_ms = timer.time(stream, lambda: self._session.run_with_iobinding(binding))
+        finally:
+            timer.close()
+            stream.close()
+        values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        return DeviceResult({name: _lent(value) for name, value in values.items()}, device_ms)
+
     def hold(self, inputs: Arrays) -> OnnxRuntimeCudaEngine:
         """See `Engine.hold`."""
         import onnxruntime
@@ -74,6 +99,12 @@ class OnnxRuntimeCudaEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         del self._session
+
+
+def _lent(value: onnxruntime.OrtValue) -> DeviceArray:
+    kind = value.data_type().removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype({"float": "float32", "bfloat16": "uint16"}.get(kind, kind))
+    return DeviceArray(value.data_ptr(), tuple(value.shape()), dtype, value)
 
 
 class OnnxRuntimeCudaBackend:
@@ -143,6 +174,10 @@ class OnnxRuntimeCudaBackend:
                 bundle.manifest.inputs, bundle.manifest.vocabulary, (1, min(8, bundle.manifest.max_length))
             )
             check_placement(directory / graph.name, {**inputs, **tokens})
+
+    def describe(self, bundle: Bundle, precision: str, directory: Path, graph: str) -> list[str]:
+        """See `Backend.describe`."""
+        return []
 
     def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
         """See `Backend.artefacts`."""

@@ -117,6 +117,14 @@ class TensorRtBackend:
         profiles = self._profiles(bundle, options)
         compile_bundle(self.flavour, bundle, precision, directory, profiles, capabilities if ahead else (), on_progress)
 
+    def describe(self, bundle: Bundle, precision: str, directory: Path, graph: str) -> list[str]:
+        """See `Backend.describe`: what a GPU's library tells of a plan."""
+        engine = self.load(bundle, precision, directory, graph, 0)
+        try:
+            return engine.describe()
+        finally:
+            engine.close()
+
     def artefacts(self, graph: str, files: Collection[str]) -> list[str]:
         """See `Backend.artefacts`."""
         return [plan_name(graph)]

@@ -61,6 +61,8 @@ def main() -> None:
             profile.add(name, tuple(low), tuple(best), tuple(high))
         profiles.append(profile)
     settings: dict[str, Any] = {"profiles": profiles, "progress_monitor": _monitor(job.module, lines)}
+    library = importlib.import_module(job.module)
+    settings["profiling_verbosity"] = library.ProfilingVerbosity.DETAILED  # else `variator inspect` finds names alone
     if job.timing_cache:
         settings["load_timing_cache"] = job.timing_cache
     if job.module == "tensorrt_rtx":
@@ -69,8 +71,6 @@ def main() -> None:
         settings |= {"compute_capabilities": job.compute_capabilities or None, "use_gpu": not job.compute_capabilities}
     else:
         from polygraphy.backend.trt import CreateConfig
-
-    library = importlib.import_module(job.module)
 
     def exact(builder: Any, network: Any, config: Any) -> None:
         """fp32 means fp32: by default the library rounds its products to TF32."""

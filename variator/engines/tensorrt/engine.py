@@ -7,9 +7,10 @@ gets a context of its own, on which its run is captured: a captured graph holds 
 
 from __future__ import annotations
 
+import json
 import math
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from threading import Lock, RLock
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from variator.engines.base import TOKENS, Arrays, Feed, check_held
-from variator.engines.cuda import Buffer, CapturedGraph, Pinned, Stream
+from variator.engines.cuda import Buffer, CapturedGraph, Pinned, Pool, Stream, Timer
+from variator.engines.device import DeviceArray, DeviceResult, on_device
 from variator.engines.profiles import Shape, ShapeProfile, tightest
 from variator.engines.tensorrt.flavours import Flavour
 from variator.engines.tensorrt.rtx import JustInTime
@@ -33,8 +35,10 @@ MAX_SEEN = 1024
 """Shapes that a plan remembers to have run once."""
 
 Sizes = tuple[int, ...]
-Run = tuple[int, Shape, int]
-"""What a captured graph is for: profile, shape, and the number of what is held."""
+Run = tuple[int, Shape, int, Sizes]
+"""What a captured graph is for: profile, shape, the number of what is held, and addresses of tensors of others."""
+Given = Mapping[str, Any]
+"""Inputs by name: whatever has a shape."""
 
 
 class Workspace:
@@ -101,7 +105,7 @@ class Context:
         self.shapes: dict[str, Sizes] = {}
         self._ready: tuple[object, ...] = ()
 
-    def shape(self, feed: Feed, held: Held) -> dict[str, Sizes]:
+    def shape(self, feed: Given, held: Held) -> dict[str, Sizes]:
         """Set the inputs' shapes; those of the outputs."""
         plan, given = self._plan, {name: array.shape for name, array in feed.items()} | held.shapes
         if given != self.shapes:
@@ -113,16 +117,20 @@ class Context:
         plan.check(all(size >= 0 for sizes in outputs.values() for size in sizes), f"these shapes: {given}")
         return outputs
 
-    def place(self, held: Held, what: str) -> None:
-        """Tell it where everything lies, if that has changed."""
+    def place(self, held: Held, where: Mapping[str, int], what: str) -> None:
+        """Tell it where everything lies, if that has changed.
+
+        Args:
+            where: Addresses of all that is not held.
+        """
         plan = self._plan
         WORKSPACE.buffer.ensure(self._working_bytes, f"working memory for {what}")
-        now = (held.number, WORKSPACE.buffer.address, *plan.addresses())
+        now = (held.number, WORKSPACE.buffer.address, *where.values())
         if self._ready != now:
             self.native.set_device_memory(WORKSPACE.buffer.address, WORKSPACE.buffer.bytes)
-            buffers = plan.device | held.buffers
+            addresses = {**where, **{name: buffer.address for name, buffer in held.buffers.items()}}
             for name in (*plan.inputs, *plan.outputs):
-                plan.check(self.native.set_tensor_address(name, buffers[name].address), f"the address of {name}")
+                plan.check(self.native.set_tensor_address(name, addresses[name]), f"the address of {name}")
             self._ready = now
 
 
@@ -153,12 +161,16 @@ class Plan:
         self._host = {name: Pinned() for name in self.device}
         self._jit = None if flavour.device_code else JustInTime(library, self.native, made)
         self.stream, self.lock = Stream(), Lock()
+        self._timer = Timer()
+        self._pools = {name: Pool() for name in self.outputs}
         self._contexts: dict[int, Context] = {}
         self._captured: OrderedDict[Run, tuple[Context, CapturedGraph]] = OrderedDict()
         self._seen: OrderedDict[Run, None] = OrderedDict()
         self._known = self.addresses()
         self.uncaptured = ""
         """Why nothing is captured any more; empty as long as that works."""
+        self.captures = True
+        """Whether shapes that come again are captured; to measure what that gains."""
         WORKSPACE.join()
 
     @property
@@ -191,38 +203,60 @@ class Plan:
 
     def addresses(self) -> list[int]:
         """Where the buffers lie that contexts and captured graphs rely on."""
-        device = [buffer.address for buffer in self.device.values()]
-        return [*device, *(buffer.address for buffer in self._host.values())]
+        return [*self._own().values(), *(buffer.address for buffer in self._host.values())]
+
+    def _own(self) -> dict[str, int]:
+        return {name: buffer.address for name, buffer in self.device.items()}
 
     def run(self, index: int, feed: Feed, held: Held) -> Outputs:
-        """One run, start to end.
+        """One run, start to end: host memory in, host memory out.
 
         Args:
             index: Of a profile that holds the shape.
         """
-        shape = Shape(*next(iter(feed.values())).shape)
-        key = (index, shape, held.number)
+        key = (index, Shape(*next(iter(feed.values())).shape), held.number, ())
         with self.lock, WORKSPACE.lock:
             context = self._captured[key][0] if key in self._captured else self._context(index)
             outputs = context.shape(feed, held)
             self._have_room(feed, outputs)
-            context.place(held, str(shape))
-            self._forget_moved()
+
+            def work(one: Context) -> None:
+                self._copy_in(feed)
+                self._compute(one)
+                self._copy_out(outputs)
+
+            context.place(held, self._own(), str(key[1]))
             for name, array in feed.items():
                 self._host[name].array(array.shape, self.dtypes[name])[...] = array
-            if key in self._captured:
-                self._captured.move_to_end(key)
-                self._captured[key][1].launch(self.stream)
-            else:
-                self._enqueue(context, feed, outputs)
+            self._launch(key, context, work)
             self.stream.wait()
             results = {
                 name: self._host[name].array(size, self.dtypes[name]).astype(np.float32, copy=True)
                 for name, size in outputs.items()
             }
-            if key not in self._captured and self._again(key):
-                self._capture(key, feed, held)
+            self._capture(key, feed, held, self._own(), work)
             return results
+
+    def run_on_device(self, index: int, tensors: Mapping[str, DeviceArray], held: Held) -> DeviceResult:
+        """One run between tensors on the device; complete when it returns. Arguments as `run`."""
+        shape = Shape(*next(iter(tensors.values())).shape)
+        with self.lock, WORKSPACE.lock:
+            context = self._context(index)
+            outputs = context.shape(tensors, held)
+            lent = {name: self._lend(name, size) for name, size in outputs.items()}
+            where = {name: one.address for name, one in (*tensors.items(), *lent.items())}
+            key = (index, shape, held.number, tuple(where.values()))
+            if key in self._captured:
+                context = self._captured[key][0]
+            context.place(held, where, str(shape))
+            device_ms = self._timer.time(self.stream, lambda: self._launch(key, context, self._compute))
+            self._capture(key, tensors, held, where, self._compute)
+            return DeviceResult(lent, device_ms)
+
+    def _lend(self, name: str, size: Sizes) -> DeviceArray:
+        """Memory for an output, its user's to keep. Addresses come again, so captured graphs are of use."""
+        lent = self._pools[name].lend(math.prod(size) * self.dtypes[name].itemsize, f"output {name}")
+        return DeviceArray(lent.buffer.address, size, self.dtypes[name], lent)
 
     def _context(self, index: int) -> Context:
         """That of a profile, made when it is first needed."""
@@ -245,19 +279,31 @@ class Plan:
             self._drop()
             self._known = now
 
-    def _enqueue(self, context: Context, feed: Feed, outputs: Mapping[str, Sizes]) -> None:
-        """Inputs in, computation, outputs out: onto the stream."""
+    def _launch(self, key: Run, context: Context, work: Callable[[Context], None]) -> None:
+        """Put a run onto the stream: its captured graph if there still is one."""
+        self._forget_moved()
+        if key in self._captured:
+            self._captured.move_to_end(key)
+            self._captured[key][1].launch(self.stream)
+        else:
+            work(context)
+
+    def _copy_in(self, feed: Feed) -> None:
         for name, array in feed.items():
             count_ = array.size * self.dtypes[name].itemsize
             self.stream.to_device(self.device[name].address, self._host[name].address, count_)
+
+    def _compute(self, context: Context) -> None:
         self.check(context.native.execute_async_v3(self.stream.handle), "to run")
+
+    def _copy_out(self, outputs: Mapping[str, Sizes]) -> None:
         for name, size in outputs.items():
             count_ = math.prod(size) * self.dtypes[name].itemsize
             self.stream.to_host(self._host[name].address, self.device[name].address, count_)
 
     def _again(self, key: Run) -> bool:
         """Whether this run has been asked for before, and should be captured."""
-        if self._jit is not None or self.uncaptured:  # TensorRT-RTX captures by itself
+        if self._jit is not None or self.uncaptured or not self.captures:  # TensorRT-RTX captures by itself
             return False
         if key in self._seen:
             del self._seen[key]
@@ -267,17 +313,21 @@ class Plan:
             self._seen.popitem(last=False)
         return False
 
-    def _capture(self, key: Run, feed: Feed, held: Held) -> None:
-        """Record this run on a context of its own. If that fails, runs go on without, and `uncaptured` says why."""
+    def _capture(
+        self, key: Run, given: Given, held: Held, where: Mapping[str, int], work: Callable[[Context], None]
+    ) -> None:
+        """Record a run that comes again, on a context of its own. If that fails, runs go on without: `uncaptured`."""
+        if key in self._captured or not self._again(key):
+            return
         while len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)[1][1].close()
         try:
             context = Context(self, key[0])
-            outputs = context.shape(feed, held)
-            context.place(held, str(key[1]))
-            self._enqueue(context, feed, outputs)  # what a first run prepares cannot be captured
+            context.shape(given, held)
+            context.place(held, where, str(key[1]))
+            work(context)  # what a first run prepares cannot be captured
             self.stream.wait()
-            graph = self.stream.capture(lambda: self._enqueue(context, feed, outputs))
+            graph = self.stream.capture(lambda: work(context))
         except EngineError as error:
             self.uncaptured = error.what
         else:
@@ -288,6 +338,13 @@ class Plan:
         while self._captured:
             self._captured.popitem()[1][1].close()
 
+    def layers(self) -> dict[str, int]:
+        """How many layers of each type it has, by the library's own inspector; most first."""
+        inspector = self.native.create_engine_inspector()
+        told = json.loads(inspector.get_engine_information(self.library.LayerInformationFormat.JSON))
+        kinds = Counter(str(layer["LayerType"]) for layer in told.get("Layers", []) if isinstance(layer, dict))
+        return dict(kinds.most_common())
+
     def close(self) -> None:
         """Give all memory back."""
         with self.lock, WORKSPACE.lock:
@@ -296,8 +353,11 @@ class Plan:
             for name in self.device:
                 self.device[name].close()
                 self._host[name].close()
+            for pool in self._pools.values():
+                pool.close()
             if self._jit is not None:
                 self._jit.save()
+            self._timer.close()
             self.stream.close()
             del self.native, self._runtime
             WORKSPACE.leave()
@@ -331,6 +391,29 @@ class TensorRtEngine:
         indices = list(self._profiles)
         index = indices[tightest(self.profiles, *next(iter(feed.values())).shape)]
         return self.plan.run(index, feed, self._held)
+
+    def run_on_device(self, tensors: Mapping[str, Any]) -> DeviceResult:
+        """See `DeviceEngine.run_on_device`.
+
+        Raises:
+            EngineError: If no profile holds the shape, or the device has no room.
+        """
+        names = [name for name in self.plan.inputs if name in TOKENS]
+        given = on_device(tensors, {name: self.plan.dtypes[name] for name in names}, int(self.plan.stream.handle))
+        indices = list(self._profiles)
+        index = indices[tightest(self.profiles, *next(iter(given.values())).shape)]
+        return self.plan.run_on_device(index, given, self._held)
+
+    def describe(self) -> list[str]:
+        """Its inputs, outputs, memory and layers, a line each."""
+        plan = self.plan
+        sides = {"inputs": plan.inputs, "outputs": plan.outputs}
+        lines = [
+            f"{side}: {', '.join(f'{name} {plan.dtypes[name]}' for name in names)}" for side, names in sides.items()
+        ]
+        layers = ", ".join(f"{count} {kind}" for kind, count in plan.layers().items())
+        working = max(plan.native.get_device_memory_size_for_profile_v2(index) for index in range(len(plan.ranges)))
+        return [*lines, f"working memory: {working / 1e6:.1f} MB", f"layers: {layers or 'the plan does not say'}"]
 
     def hold(self, inputs: Arrays) -> TensorRtEngine:
         """See `Engine.hold`."""
