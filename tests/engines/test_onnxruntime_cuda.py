@@ -5,15 +5,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx_ir
 import onnxruntime
 import pytest
 
+from variator.bench.peers_cuda import _export_stock
 from variator.engines import onnxruntime_cuda as module
 from variator.engines.backends import BACKENDS
 from variator.engines.base import BuildOptions
 from variator.engines.build import build
 from variator.errors import EngineError, InputError
+from variator.exporters.gate import full_feed, plain_runner
+from variator.exporters.precision import precision_of
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.checkpoint import Backbone
 
 BACKEND = BACKENDS["onnxruntime-cuda"]
 
@@ -74,3 +80,11 @@ def test_it_runs_on_this_gpu(bundle: Bundle, shared_bundle: Bundle, tmp_path: Pa
         ignored = shutil.ignore_patterns("engines")
         copied = Bundle.open(shutil.copytree(source.path, tmp_path / source.path.name, ignore=ignored))
         assert build(copied, "onnxruntime-cuda", precision).record.gated
+
+
+def test_the_stock_peer_for_gpus_is_the_same_model_in_fp16(backbone: Backbone, bundle: Bundle, tmp_path: Path) -> None:
+    _export_stock(backbone, tmp_path)
+    assert precision_of(onnx_ir.load(tmp_path / "fp16.onnx")) == "fp16"
+    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (3, 16))
+    found = plain_runner(tmp_path / "fp16.onnx")(feed)["embedding"]
+    np.testing.assert_allclose(found, plain_runner(bundle.graph(1))(feed)["embedding"], atol=5e-3)

@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.bench.records import make_record
 from tests.conftest import lively
 from tests.engines.fake_gpu import FakeCuda, FakeEngine, FakeLibrary, write_plan
+from variator.bench.record import Record
+from variator.bench.resident import measure, resident
+from variator.bench.table import grids
 from variator.engines import cuda as cuda_module
 from variator.engines import device as device_module
 from variator.engines.base import DeviceEngine
@@ -151,6 +155,26 @@ def test_a_run_on_the_same_tensors_is_captured_and_sees_what_is_in_them_now(
     engine.close()
     assert not cuda.graphs
     del tensors
+
+
+def test_times_on_the_device_are_measured_with_and_without_captured_graphs(
+    bundle: Bundle, cuda: FakeCuda, tmp_path: Path
+) -> None:
+    engines = {ratio: load(bundle, f"ratio-{ratio}.onnx", cuda, tmp_path) for ratio in (1, 4)}
+    rows = [resident("tensorrt", ratio, engine, "fp32") for ratio, engine in engines.items()]
+    one = measure(rows, feed_of(bundle, 1, 16), runs=6, budget_s=5.0)
+    assert cuda.launched == 2 * (4 + 6 - 2)  # four to warm up; the first two of each are not captured
+    many = measure(rows, feed_of(bundle, 4, 16), runs=6, budget_s=5.0)
+    assert [row.ratio for row in one] == [1, 4] and one[0].speedup == 1.0
+    assert all(row.device_ms > 0 and row.uncaptured_ms and row.runs == 6 for row in one)
+    assert all(row.uncaptured_ms is None and (row.batch, row.sequence) == (4, 16) for row in many)
+    record = make_record(device=[*one, *many])
+    assert Record.from_json(record.to_json()) == record
+    grid = next(grid for grid in grids(record) if "GPU alone" in grid.title)
+    assert len(grid.rows) == 4
+    del rows
+    for engine in engines.values():
+        engine.close()
 
 
 @pytest.mark.usefixtures("readable")

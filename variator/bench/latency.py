@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -40,18 +40,27 @@ class Timing:
         return self.spread <= MAX_SPREAD and self.drift <= MAX_DRIFT
 
 
+def wall_ms(work: Callable[[], object]) -> float:
+    """Time that some work takes by the clock on the wall."""
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
+
+
 def race(
-    runners: Mapping[Key, Callable[[], object]],
+    runners: Mapping[Key, Callable[[], Any]],
     runs: int,
     warmup: int = 2,
     budget_s: float = 60.0,
     on_round: Callable[[int], None] = lambda done: None,
+    timed: Callable[[Callable[[], Any]], float] = wall_ms,
 ) -> dict[Key, Timing]:
     """Time runners in turn, A B C A B C ..., so that a machine's drift meets all of them alike.
 
     Args:
         runs: Rounds; fewer, but at least 5, once the budget is spent.
         on_round: Called after each round.
+        timed: Runs one of them and gives its time in ms.
     """
     for _ in range(warmup):
         for runner in runners.values():
@@ -61,9 +70,7 @@ def race(
     for done in range(1, runs + 1):
         for name, runner in runners.items():
             time.sleep(SETTLE_S)
-            started = time.perf_counter()
-            runner()
-            times[name].append((time.perf_counter() - started) * 1e3)
+            times[name].append(timed(runner))
         on_round(done)
         if done >= 5 and time.perf_counter() > until:
             break
@@ -86,10 +93,9 @@ def race_twice(
         for index in rng.permutation(len(names)):
             for position in range(2):
                 time.sleep(SETTLE_S)
-                started = time.perf_counter()
-                runners[names[index]]()
+                elapsed = wall_ms(runners[names[index]])
                 if done:
-                    times[names[index]][position].append((time.perf_counter() - started) * 1e3)
+                    times[names[index]][position].append(elapsed)
         if done >= 5 and time.perf_counter() > until:
             break
     first, second = ({name: summarise(values[i]) for name, values in times.items()} for i in range(2))

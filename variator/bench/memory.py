@@ -17,7 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from variator.bench.record import Memory
+from variator.engines.backends import BACKENDS
 from variator.engines.base import Feed
+from variator.engines.cuda import free_bytes
+from variator.engines.gpu import gpu, no_gpu
 from variator.engines.runtime import DEFAULT, Runtime
 from variator.errors import EngineError
 from variator.exporters.gate import full_feed
@@ -60,13 +63,14 @@ def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int
     entries: list[Memory] = []
     with contextlib.ExitStack() as stack:
         runtime = stack.enter_context(Runtime.open(bundle, engine, precision))
-        empty = pss_bytes()
+        empty, free = pss_bytes(), None if no_gpu() else free_bytes()
+        on_gpu = bool(free) and BACKENDS[engine].device() == gpu().name
 
         def enter(ratios: list[Key], task: int) -> None:
             gc.collect()
-            entries.append(
-                Memory(engine, precision, ratios, pss_bytes() - empty, layout=bundle.manifest.layout, tasks=task)
-            )
+            taken = free - free_bytes() if on_gpu and free is not None else None
+            layout = bundle.manifest.layout
+            entries.append(Memory(engine, precision, ratios, pss_bytes() - empty, layout, task, taken))
 
         for count, ratio in enumerate(bundle.ratios, 1):
             _run(runtime, ratio, DEFAULT, feed)

@@ -19,6 +19,7 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
+from variator.bench.resident import Prepare
 from variator.engines.base import Feed
 from variator.engines.quantise import quiet_quantiser
 from variator.exporters.gate import plain_runner
@@ -30,11 +31,12 @@ from variator.toolkit.rows import Outputs
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's way to run ratio 1. `run` takes what an engine takes."""
+    """Somebody else's way to run ratio 1. `run` takes what an engine takes; `prepare` is for one on a GPU."""
 
     name: str
     precision: str
     run: Callable[[Feed], Outputs]
+    prepare: Prepare | None = None
 
 
 class Plain(nn.Module):
@@ -105,8 +107,8 @@ def _torch_peer(backbone: Backbone) -> Peer:
     return Peer(name, "fp32", run)
 
 
-def _export_stock(backbone: Backbone, directory: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def export_plain(backbone: Backbone, directory: Path, use_gpu: bool = False) -> Any:
+    """ONNX Runtime's own optimiser over the plain export: its model, to be saved or converted."""
     from onnxruntime.transformers import optimizer
 
     plain = directory / "plain.onnx"
@@ -118,9 +120,18 @@ def _export_stock(backbone: Backbone, directory: Path) -> None:
             num_heads=backbone.config.heads,
             hidden_size=backbone.config.hidden_size,
             opt_level=0,
+            use_gpu=use_gpu,
             only_onnxruntime=False,
         )
-    model.save_model_to_file(str(directory / "fp32.onnx"), use_external_data_format=True)
+    for path in directory.glob("plain.onnx*"):
+        path.unlink()
+    return model
+
+
+def _export_stock(backbone: Backbone, directory: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    export_plain(backbone, directory).save_model_to_file(str(directory / "fp32.onnx"), use_external_data_format=True)
     with quiet_quantiser():
         quantize_dynamic(
             directory / "fp32.onnx",
@@ -128,5 +139,3 @@ def _export_stock(backbone: Backbone, directory: Path) -> None:
             weight_type=QuantType.QInt8,
             use_external_data_format=True,
         )
-    for path in directory.glob("plain.onnx*"):
-        path.unlink()

@@ -168,6 +168,7 @@ class Memory:
         ratios: Of every plugin.
         layout: Of the bundle, `per-ratio` or `shared`.
         tasks: Number of plugins (each at all the ratios); with per-ratio graphs, of bundles.
+        gpu_bytes: Memory of the GPU that went with it, of all processes there are; None for an engine on the processor.
     """
 
     engine: str
@@ -176,6 +177,32 @@ class Memory:
     pss_bytes: int
     layout: str = PER_RATIO
     tasks: int = 1
+    gpu_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class DeviceResult:
+    """Time of one ratio and shape on a GPU alone, by CUDA's events, tensors on the device.
+
+    Args:
+        device_ms: Median.
+        uncaptured_ms: Median without captured CUDA graphs; None where that was not measured.
+        speedup: Over ratio 1 of the same engine and precision.
+        clock_mhz: Of the GPU's multiprocessors right after; None where the driver does not tell.
+    """
+
+    engine: str
+    precision: str
+    ratio: Key
+    batch: int
+    sequence: int
+    device_ms: float
+    uncaptured_ms: float | None
+    speedup: float
+    runs: int
+    spread: float
+    stable: bool
+    clock_mhz: int | None
 
 
 @dataclass(frozen=True)
@@ -246,6 +273,7 @@ class Record:
     layout: str = PER_RATIO
     layouts: list[LayoutResult] = field(default_factory=list)
     plugging: list[Plugging] = field(default_factory=list)
+    device: list[DeviceResult] = field(default_factory=list)
     schema: str = SCHEMA
 
     def to_json(self) -> str:
@@ -292,6 +320,7 @@ _LISTS: dict[str, type] = {
     "memory": Memory,
     "layouts": LayoutResult,
     "plugging": Plugging,
+    "device": DeviceResult,
 }
-_LATER = ("layouts", "plugging")
+_LATER = ("layouts", "plugging", "device")
 """Lists that older records of this schema do not have."""

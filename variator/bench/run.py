@@ -17,6 +17,7 @@ from variator.bench.latency import Timing, race
 from variator.bench.quality import Judge
 from variator.bench.record import (
     PEER,
+    DeviceResult,
     Flops,
     LayoutResult,
     Memory,
@@ -29,9 +30,11 @@ from variator.bench.record import (
     package_versions,
     this_machine,
 )
+from variator.bench.resident import Resident, measure, resident
 from variator.engines.backends import BACKENDS
-from variator.engines.base import Feed
+from variator.engines.base import DeviceEngine, Feed
 from variator.engines.built import BuiltEngine, find_built
+from variator.engines.gpu import gpu, no_gpu
 from variator.engines.runtime import Runtime
 from variator.errors import EngineError, InputError
 from variator.exporters.flops import count_flops
@@ -120,15 +123,19 @@ def bench(
         for length in lengths
     }
     results: list[Result] = []
+    device: list[DeviceResult] = []
     # Before anything else is loaded into this process: it would share the pages that are counted.
     memories, compared, plugged, remarks = _both_layouts(bundle, built, ratios, settings, threads, on_stage)
-    peers = _peers(bundle, settings, threads, on_stage)
+    peers, absent = _peers(bundle, built, settings, threads, on_stage)
     with contextlib.ExitStack() as stack:
         runtimes = [stack.enter_context(Runtime.open(bundle, *layouts.kind_of(e), threads)) for e in built]
         runners = _runners(runtimes, ratios, peers, on_stage)
+        on_device = _on_device(runtimes, ratios, peers)
         for batch, length in settings.shapes:
             on_stage(f"timing {len(runners)} runners at {batch} x {length}")
-            results += _time(bundle, runners, (batch, length), flops, settings)
+            feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (batch, length))
+            results += _time(runners, feed, flops, settings)
+            device += measure(on_device, feed, 2 * settings.runs, settings.budget_s) if on_device else []
         quality, more = _quality(bundle, runtimes, ratios, peers, pairs, on_stage) if settings.quality else ([], [])
     return Record(
         machine=this_machine(),
@@ -141,10 +148,11 @@ def bench(
         quality=quality,
         memory=memories,
         disk=_disk(bundle),
-        notes=[*_notes(bundle, settings), *notes, *remarks, *more],
+        notes=[*_notes(bundle, settings), *notes, *remarks, *absent, *more],
         layout=bundle.manifest.layout,
         layouts=compared,
         plugging=plugged,
+        device=device,
     )
 
 
@@ -269,10 +277,16 @@ def _layouts(
     return found
 
 
-def _peers(bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Callable[[str], None]) -> list[Peer]:
+def _peers(
+    bundle: Bundle,
+    built: Sequence[BuiltEngine],
+    settings: BenchSettings,
+    threads: int,
+    on_stage: Callable[[str], None],
+) -> tuple[list[Peer], list[str]]:
+    """Those of the processor, of the GPU, or of both, as the engines are; and notes."""
     if settings.model is None:
-        return []
-    from variator.bench.peers import load_peers
+        return [], []
     from variator.toolkit.checkpoint import load_backbone
 
     on_stage("loading the peers")
@@ -282,7 +296,31 @@ def _peers(bundle: Bundle, settings: BenchSettings, threads: int, on_stage: Call
             f"{settings.model} is not the checkpoint that {bundle.path} was exported from",
             valid=f"the checkpoint of {bundle.manifest.model}",
         )
-    return load_peers(backbone, bundle.path / "engines", threads, on_stage)
+    devices, cache = {engine.record.device for engine in built}, bundle.path / "engines"
+    here = None if no_gpu() else gpu().name
+    peers: list[Peer] = []
+    notes: list[str] = []
+    if devices - {here}:
+        from variator.bench.peers import load_peers
+
+        peers += load_peers(backbone, cache, threads, on_stage)
+    if here in devices:
+        from variator.bench.peers_cuda import load_cuda_peers
+
+        more, notes = load_cuda_peers(backbone, cache, on_stage)
+        peers += more
+    return peers, notes
+
+
+def _on_device(runtimes: Sequence[Runtime], ratios: Sequence[Key], peers: Sequence[Peer]) -> list[Resident]:
+    """Everything that runs what lies on a GPU."""
+    found = []
+    for runtime in runtimes:
+        for ratio in ratios:
+            engine = runtime.load(ratio)
+            if isinstance(engine, DeviceEngine):
+                found.append(resident(runtime.engine, ratio, engine, engine.precision))
+    return [*found, *(Resident(PEER + peer.name, peer.precision, 1, peer.prepare) for peer in peers if peer.prepare)]
 
 
 def _runners(
@@ -298,13 +336,12 @@ def _runners(
 
 
 def _time(
-    bundle: Bundle,
     runners: Sequence[Runner],
-    shape: tuple[int, int],
+    feed: Feed,
     flops: Mapping[tuple[Key, int], Mapping[str, int]],
     settings: BenchSettings,
 ) -> list[Result]:
-    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
+    batch, length = next(iter(feed.values())).shape
     timings = race(
         {index: (lambda runner=runner: runner.run(feed)) for index, runner in enumerate(runners)},  # type: ignore[misc]
         settings.runs,
@@ -312,7 +349,7 @@ def _time(
     )
     first = {(r.engine, r.precision): timings[index] for index, r in enumerate(runners) if r.ratio == 1}
     return [
-        _result(runner, timings[index], first[runner.engine, runner.precision], shape, flops)
+        _result(runner, timings[index], first[runner.engine, runner.precision], (batch, length), flops)
         for index, runner in enumerate(runners)
     ]
 

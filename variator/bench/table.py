@@ -121,7 +121,9 @@ def grids(record: Record) -> list[Grid]:
     """All tables of the record that have a row; every title is marked where a plugin is untrained."""
     latency = [_latency(record, shape) for shape in shapes(record)]
     layouts = [_layouts(record), _plugging(record)]
-    tables = [*latency, _quality(record), _flops(record), *layouts, _memory(record), _disk(record), _plugins(record)]
+    memory = [_memory(record), _gpu_memory(record)]
+    latency.append(_on_device(record))
+    tables = [*latency, _quality(record), _flops(record), *layouts, *memory, _disk(record), _plugins(record)]
     return [grid for grid in tables if grid.rows]
 
 
@@ -372,6 +374,50 @@ def _memory(record: Record) -> Grid:
                "per further\ntask", "tasks held")  # fmt: skip
     note = "Proportional set size over the empty process. A task is a plugin at every ratio, or a per-ratio bundle."
     return Grid(marked(record, "Memory"), columns, tuple(rows), 4, note)
+
+
+def _gpu_memory(record: Record) -> Grid:
+    rows = [
+        Row(
+            (
+                name(row.engine),
+                clean(row.precision),
+                clean(row.layout),
+                ", ".join(map(str, row.ratios)),
+                str(row.tasks),
+                size(row.gpu_bytes),
+            )
+        )
+        for row in record.memory
+        if row.gpu_bytes is not None
+    ]
+    columns = ("engine", "precision", "layout", "ratios", "tasks", "GPU memory")
+    note = "Free before, less free after all had been loaded and had run: weights, buffers, working memory."
+    return Grid(marked(record, "Memory of the GPU"), columns, tuple(rows), 4, note)
+
+
+def _on_device(record: Record) -> Grid:
+    rows = [
+        Row(
+            (
+                name(row.engine),
+                clean(row.precision),
+                tokens((row.batch, row.sequence)),
+                str(row.ratio),
+                significant(row.device_ms),
+                times(row.speedup),
+                MISSING if row.uncaptured_ms is None else significant(row.uncaptured_ms),
+                MISSING if row.clock_mhz is None else str(row.clock_mhz),
+                "stable" if row.stable else "unstable",
+            ),
+            "" if row.stable else "unstable",
+        )
+        for row in record.device
+    ]
+    columns = ("engine", "precision", "shape", "ratio", "p50 ms", "over\nratio 1", "without captured\ngraphs ms",
+               "clock\nMHz", "timing")  # fmt: skip
+    note = "CUDA events, tensors on the device from before until after."
+    return Grid(marked(record, "On the GPU alone"), columns, tuple(rows), 3, note)
 
 
 def _bytes(figure: float | None) -> str:

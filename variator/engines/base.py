@@ -74,8 +74,15 @@ class Engine(Protocol):
 class DeviceEngine(Protocol):
     """An engine on a GPU, which takes what lies there as it is."""
 
-    def run_on_device(self, tensors: Mapping[str, Any]) -> DeviceResult:
+    @property
+    def captures(self) -> bool:
+        """Whether runs that come again are captured as CUDA graphs."""
+
+    def run_on_device(self, tensors: Mapping[str, Any], captured: bool = True) -> DeviceResult:
         """int64 [batch, S] tensors on the GPU, through DLPack -> outputs on the GPU, complete when this returns.
+
+        Args:
+            captured: False leaves captured graphs out, to measure what they gain.
 
         Raises:
             InputError: If a tensor is not on the first GPU, not int64 or not dense.

@@ -41,6 +41,7 @@ class OnnxRuntimeCudaEngine:
     """One session and the values it holds on the device."""
 
     profiles = NO_PROFILES
+    captures = False
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class OnnxRuntimeCudaEngine:
         self._session.run_with_iobinding(binding)
         return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
-    def run_on_device(self, tensors: Mapping[str, Any]) -> DeviceResult:
+    def run_on_device(self, tensors: Mapping[str, Any], captured: bool = True) -> DeviceResult:
         """See `DeviceEngine.run_on_device`. The time is that from before the call until the session is done."""
         stream, timer = Stream(), Timer()
         try:
@@ -192,11 +193,11 @@ class OnnxRuntimeCudaBackend:
 
         path = inside(directory, graph)
         check_external_data(path)
-        session = _session(path, onnxruntime.SessionOptions())
+        session = session_on_gpu(path, onnxruntime.SessionOptions())
         return OnnxRuntimeCudaEngine(session, precision_of(onnx_ir.load(path)))
 
 
-def _session(path: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def session_on_gpu(path: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     """A session on the GPU."""
     import onnxruntime
 
@@ -222,7 +223,7 @@ def check_placement(path: Path, feed: Arrays) -> None:
         settings = onnxruntime.SessionOptions()
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(place) / "profile")
-        session = _session(path, settings)
+        session = session_on_gpu(path, settings)
         session.run(None, dict(feed))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     for event in events:

@@ -169,9 +169,12 @@ class Plan:
         self._known = self.addresses()
         self.uncaptured = ""
         """Why nothing is captured any more; empty as long as that works."""
-        self.captures = True
-        """Whether shapes that come again are captured; to measure what that gains."""
         WORKSPACE.join()
+
+    @property
+    def captures(self) -> bool:
+        """Whether it captures runs itself, and still can; TensorRT-RTX does it unseen."""
+        return self._jit is None and not self.uncaptured
 
     @property
     def precision(self) -> str:
@@ -237,7 +240,9 @@ class Plan:
             self._capture(key, feed, held, self._own(), work)
             return results
 
-    def run_on_device(self, index: int, tensors: Mapping[str, DeviceArray], held: Held) -> DeviceResult:
+    def run_on_device(
+        self, index: int, tensors: Mapping[str, DeviceArray], held: Held, captured: bool = True
+    ) -> DeviceResult:
         """One run between tensors on the device; complete when it returns. Arguments as `run`."""
         shape = Shape(*next(iter(tensors.values())).shape)
         with self.lock, WORKSPACE.lock:
@@ -246,11 +251,14 @@ class Plan:
             lent = {name: self._lend(name, size) for name, size in outputs.items()}
             where = {name: one.address for name, one in (*tensors.items(), *lent.items())}
             key = (index, shape, held.number, tuple(where.values()))
-            if key in self._captured:
+            if captured and key in self._captured:
                 context = self._captured[key][0]
             context.place(held, where, str(shape))
-            device_ms = self._timer.time(self.stream, lambda: self._launch(key, context, self._compute))
-            self._capture(key, tensors, held, where, self._compute)
+            if captured:
+                device_ms = self._timer.time(self.stream, lambda: self._launch(key, context, self._compute))
+                self._capture(key, tensors, held, where, self._compute)
+            else:
+                device_ms = self._timer.time(self.stream, lambda: self._compute(context))
             return DeviceResult(lent, device_ms)
 
     def _lend(self, name: str, size: Sizes) -> DeviceArray:
@@ -303,7 +311,7 @@ class Plan:
 
     def _again(self, key: Run) -> bool:
         """Whether this run has been asked for before, and should be captured."""
-        if self._jit is not None or self.uncaptured or not self.captures:  # TensorRT-RTX captures by itself
+        if not self.captures:
             return False
         if key in self._seen:
             del self._seen[key]
@@ -392,7 +400,12 @@ class TensorRtEngine:
         index = indices[tightest(self.profiles, *next(iter(feed.values())).shape)]
         return self.plan.run(index, feed, self._held)
 
-    def run_on_device(self, tensors: Mapping[str, Any]) -> DeviceResult:
+    @property
+    def captures(self) -> bool:
+        """See `DeviceEngine.captures`."""
+        return self.plan.captures
+
+    def run_on_device(self, tensors: Mapping[str, Any], captured: bool = True) -> DeviceResult:
         """See `DeviceEngine.run_on_device`.
 
         Raises:
@@ -402,7 +415,7 @@ class TensorRtEngine:
         given = on_device(tensors, {name: self.plan.dtypes[name] for name in names}, int(self.plan.stream.handle))
         indices = list(self._profiles)
         index = indices[tightest(self.profiles, *next(iter(given.values())).shape)]
-        return self.plan.run_on_device(index, given, self._held)
+        return self.plan.run_on_device(index, given, self._held, captured)
 
     def describe(self) -> list[str]:
         """Its inputs, outputs, memory and layers, a line each."""
