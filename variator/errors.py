@@ -51,3 +51,11 @@ class EngineError(VariatorError):
 
 class CorpusError(VariatorError):
     """A text file that cannot be read as a corpus."""
+
+
+class DeadlineExceeded(VariatorError):  # noqa: N818 - the field's name for it
+    """A request that cannot be answered in time, or was not."""
+
+
+class Overloaded(VariatorError):  # noqa: N818 - the field's name for it
+    """A request that was refused because too many are waiting."""

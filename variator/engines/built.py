@@ -24,6 +24,9 @@ from variator.files import sha256_of_json
 from variator.toolkit.bundle import GATE_FILE, Bundle, FileEntry, list_files
 
 ENGINE_FILE = "engine.json"
+LATENCY_FILE = "latency.json"
+"""Beside it: how long the engine's runs take here (`engines.latency`). Measured, so no part of what is hashed."""
+
 ENGINE_FORMAT = 2
 
 LOSSY = ("int8", "fp8")
@@ -73,7 +76,8 @@ class BuiltEngine:
         Raises:
             EngineError: If one is missing or has changed.
         """
-        found = {name: entry for name, entry in list_files(self.directory, *names).items() if name != ENGINE_FILE}
+        ours = (ENGINE_FILE, LATENCY_FILE)
+        found = {name: entry for name, entry in list_files(self.directory, *names).items() if name not in ours}
         recorded = {name: entry for name, entry in self.record.files.items() if not names or name in names}
         unknown = [name for name in names if name not in self.record.files]
         if found != recorded or unknown:

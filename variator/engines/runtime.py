@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.base import Engine
+from variator import machine
+from variator.engines.base import Engine, Feed
 from variator.engines.built import BuiltEngine, find_built, load_engine
 from variator.engines.profiles import most_rows
 from variator.errors import BundleError, EngineError, InputError
@@ -36,11 +37,16 @@ from variator.toolkit.stack import LOGITS, Inputs, check_fits, check_head, graph
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from variator.engines.serving import Observer, Server, ServeSettings
+
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Lengths that rows are padded to: few distinct shapes, little padding."""
 
 TOKENS_PER_RUN = 16384
 """Largest rows x length of one engine call; longer requests run in parts."""
+
+AUTO = "auto"
+"""The ratio that today's load allows."""
 
 DEFAULT = "default"
 """Name of the plugins that are in the bundle."""
@@ -57,7 +63,8 @@ class Result:
         precision: As read back from the engine.
         load_ms: Time to load the ratio, for the first request that asks for it.
         queue_ms: Time the request waited for others.
-        compute_ms: Time in the engine.
+        compute_ms: Time in the engine; of the whole batch if it was served in one.
+        expected_quality: Of this ratio, relative to ratio 1, where a score was recorded with its plugin.
     """
 
     outputs: Outputs
@@ -70,6 +77,7 @@ class Result:
     load_ms: float
     queue_ms: float
     compute_ms: float
+    expected_quality: float | None = None
 
 
 class Slot:
@@ -106,13 +114,16 @@ class Runtime:
         self.bundle = bundle
         self.picked = reason
         """Which engine was picked, and why."""
-        self._built = built
-        self._threads = threads
+        self.built = built
+        self.threads = threads or machine.cores()
         self._graphs: dict[str, Engine] = {}
         self._own = self._own_slots()
         self._plugged: dict[str, Mapping[Key, Slot]] = {DEFAULT: self._own}
         """Never changed in place: whoever reads it once has a consistent view."""
         self._load_lock, self._compute_lock, self._plug_lock, self._closed = Lock(), Lock(), Lock(), False
+        self._server: Server | None = None
+        self._no_more_servers = False
+        self._server_lock = Lock()
         path = inside(bundle.path, "tokenizer.json")
         bundle.verify("tokenizer.json")
         try:
@@ -157,7 +168,11 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """Wait for the running request and give all memory back."""
+        """Answer what waits, wait for the running request and give all memory back."""
+        with self._server_lock:
+            server, self._server, self._no_more_servers = self._server, None, True
+        if server is not None:
+            server.close()
         with self._plug_lock, self._load_lock, self._compute_lock:
             self._closed, self._plugged, self._own = True, {}, {}
             while self._graphs:
@@ -166,7 +181,7 @@ class Runtime:
     @property
     def engine(self) -> str:
         """Name of the backend."""
-        return self._built.record.backend
+        return self.built.record.backend
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -230,45 +245,141 @@ class Runtime:
             rest = {key: slots for key, slots in self._plugged.items() if key != name}
             self._plugged = {DEFAULT: self._own, **rest} if name == DEFAULT else rest
 
-    def infer(self, inputs: Sequence[Input], *, ratio: Key, plugin: str = DEFAULT, truncate: bool = False) -> Result:
+    def infer(
+        self,
+        inputs: Sequence[Input],
+        *,
+        ratio: Key,
+        plugin: str = DEFAULT,
+        truncate: bool = False,
+        slo_ms: float | None = None,
+        min_ratio: Key | None = None,
+        max_ratio: Key | None = None,
+        min_quality: float | None = None,
+    ) -> Result:
         """Run a request.
 
         Args:
             inputs: Texts, pairs of texts, lists of token ids, or such with their types (`Row`); at least one.
-            ratio: One that the plugin has, or the name of a setting; 1 is the uncompressed backbone.
+            ratio: One that the plugin has, or the name of a setting; 1 is the uncompressed backbone. `auto` takes the
+                lowest that today's load allows: the request goes through `server`.
             plugin: A name that is plugged in; `default` is what the bundle holds. If its plugins bring heads, ratio 1
                 has `logits` only if they all bring the same.
             truncate: Cut what is longer than the model's limit instead of refusing it; token ids simply at the end.
+            slo_ms, min_ratio, max_ratio, min_quality: For `auto`; see `serving.Server.submit`.
 
         Raises:
             InputError: For an empty request or row, a row that is too long, ids outside the vocabulary, a plugin that
                 is not plugged in or a ratio that it does not have.
+            DeadlineExceeded, Overloaded: With `auto`, if the request cannot be answered in time.
         """
+        bounds = {"slo_ms": slo_ms, "min_ratio": min_ratio, "max_ratio": max_ratio, "min_quality": min_quality}
+        if ratio == AUTO and AUTO not in self._slots(plugin):
+            if plugin != DEFAULT:
+                raise InputError(f"ratio {AUTO!r} with plugin {plugin!r}", valid=f"{AUTO!r} serves {DEFAULT!r}")
+            return self.server().submit(inputs, truncate=truncate, **bounds).result()  # type: ignore[arg-type]
+        given = [name for name, value in bounds.items() if value is not None]
+        if given:
+            raise InputError(f"{given[0]} with ratio {ratio!r}", valid=f"{given[0]} with ratio {AUTO!r}")
         slot = self._slot(ratio, plugin)
         started = time.perf_counter()
         rows = self.tokenise(inputs, truncate)
         tokenised = time.perf_counter()
-        engine = slot.engine(self._held)
+        slot.engine(self._held)
         loaded = time.perf_counter()
-        with self._compute_lock:
-            self._check_open()
-            computing = time.perf_counter()
-            outputs = self._run(engine, rows)
-            done = time.perf_counter()
-        if self._has_head_input and not slot.head:
-            del outputs[LOGITS]
-        return Result(
+        outputs, queue_ms, compute_ms = self._computed(slot, lambda engine: self._run(engine, rows))
+        return self.result(
             outputs,
             [len(row.ids) for row in rows],
             ratio,
             plugin,
-            self.engine,
-            engine.precision,
-            (tokenised - started) * 1e3,
-            (loaded - tokenised) * 1e3,
-            (computing - loaded) * 1e3,
-            (done - computing) * 1e3,
+            tokenise_ms=(tokenised - started) * 1e3,
+            load_ms=(loaded - tokenised) * 1e3,
+            queue_ms=queue_ms,
+            compute_ms=compute_ms,
         )
+
+    def _computed(self, slot: Slot, work: Callable[[Engine], Outputs]) -> tuple[Outputs, float, float]:
+        """What an engine gives when its turn comes; ms waited and computed."""
+        engine, waiting = slot.engine(self._held), time.perf_counter()
+        with self._compute_lock:
+            self._check_open()
+            computing = time.perf_counter()
+            outputs = work(engine)
+            done = time.perf_counter()
+        if self._has_head_input and not slot.head:
+            del outputs[LOGITS]
+        return outputs, (computing - waiting) * 1e3, (done - computing) * 1e3
+
+    def result(
+        self,
+        outputs: Outputs,
+        lengths: list[int],
+        ratio: Key,
+        plugin: str = DEFAULT,
+        *,
+        tokenise_ms: float,
+        load_ms: float = 0.0,
+        queue_ms: float,
+        compute_ms: float,
+    ) -> Result:
+        """A request's result."""
+        precision = self._slot(ratio, plugin).engine(self._held).precision
+        expected = self.quality.get(ratio) if plugin == DEFAULT else None
+        times = (tokenise_ms, load_ms, queue_ms, compute_ms)
+        return Result(outputs, lengths, ratio, plugin, self.engine, precision, *times, expected)
+
+    def run_together(self, ratio: Key, rows: Sequence[Row]) -> Outputs:
+        """Run rows as one batch, padded to the longest: for whoever has sorted them. Token outputs keep the padding."""
+
+        def work(engine: Engine) -> Outputs:
+            longest = max(len(row.ids) for row in rows)
+            most, parts = most_rows(engine.profiles, longest), []
+            for start in range(0, len(rows), most):
+                parts.append(engine.run(self.feed(rows[start : start + most], longest)))
+            if len(parts) == 1:
+                return dict(parts[0])
+            return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+        return self._computed(self._slot(ratio, DEFAULT), work)[0]
+
+    def timed_run(self, ratio: Key, feed: Feed) -> float:
+        """ms that a run of the default plugin's engine takes, without waiting for others."""
+        return self._computed(self._slot(ratio, DEFAULT), lambda engine: dict(engine.run(feed)))[2]
+
+    @cached_property
+    def quality(self) -> dict[Key, float]:
+        """Relative to ratio 1, where plugins bring scores; of several splits the worst."""
+        found: dict[Key, float] = {1: 1.0}
+        for ratio, entry in self.bundle.manifest.ratios.items():
+            relative = []
+            for score in entry.training.get("scores", []):
+                metric, value = next(iter(score["value"].items()))
+                relative += [value / score["ratio_1"][metric]] if score["ratio_1"].get(metric) else []
+            if relative:
+                found[ratio] = round(min(relative), 4)
+        return found
+
+    def serve(self, settings: ServeSettings | None = None, observers: Sequence[Observer] = ()) -> Server:
+        """A queue with a policy in front of this runtime, for requests that leave the ratio to the load.
+
+        Raises:
+            EngineError: If no latency was measured for this engine on this machine (`variator bench --calibrate`).
+        """
+        from variator.engines.latency import load_table
+        from variator.engines.serving import Server, ServeSettings
+
+        table = load_table(self.built, self.threads)
+        return Server(self, table, settings or ServeSettings(), self.quality, observers=observers)
+
+    def server(self) -> Server:
+        """The one that `infer(ratio="auto")` goes through, with default settings; made when it is first needed."""
+        with self._server_lock:
+            if self._no_more_servers:
+                self._check_open()
+            if self._server is None:
+                self._server = self.serve()
+            return self._server
 
     def tokenise(self, inputs: Sequence[Input], truncate: bool = False) -> list[Row]:
         """Check inputs and turn them into token ids. Errors as `infer`."""
@@ -352,7 +463,7 @@ class Runtime:
         with self._load_lock:
             self._check_open()
             if graph not in self._graphs:
-                self._graphs[graph] = load_engine(self.bundle, self._built, graph, self._threads)
+                self._graphs[graph] = load_engine(self.bundle, self.built, graph, self.threads)
             return self._graphs[graph].hold(inputs)
 
     @property

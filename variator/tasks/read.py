@@ -82,7 +82,7 @@ def read_split(task: Task, name: str, data: Path | None = None) -> Split:
     name = data.name.split(".")[0] if data.is_file() else name
     examples: list[Example] = []
     for file in files:
-        rows = _squad_rows(file) if task.name == "squad" else _json_lines(file)
+        rows = _squad_rows(file) if task.name == "squad" else json_lines(file)
         examples += [_example(task, row, f"{file}, {place}") for place, row in rows]
     return _checked(Split(task, name, examples, tuple(f"{file.name} {sha256_of(file)}" for file in files)))
 
@@ -145,13 +145,31 @@ def _bytes(path: Path) -> bytes:
         raise CorpusError(f"cannot read {path}: {error}", valid="a readable, undamaged file") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a .jsonl file, also .gz, each with its place. Raises `CorpusError` for what is no JSON."""
     for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
         if line.strip():
             try:
                 yield f"row {number}", json.loads(line)
             except ValueError as error:
                 raise CorpusError(f"{path}, row {number}: not JSON ({error})", valid="one object per line") from error
+
+
+def plain_texts(path: Path) -> list[str | tuple[str, str]]:
+    """Every row's text, or its first two as a pair, of a .jsonl file: for measurements that need real texts, no labels.
+
+    Raises:
+        CorpusError: If there is none.
+    """
+    found: list[str | tuple[str, str]] = []
+    for place, row in json_lines(path):
+        texts = [value for value in row.values() if isinstance(value, str)] if isinstance(row, dict) else []
+        if not any(text.strip() for text in texts):
+            raise CorpusError(f"{path}, {place}: no text", valid='objects with texts, such as {"text": "…"}')
+        found.append((texts[0], texts[1]) if len(texts) > 1 else texts[0])
+    if not found:
+        raise CorpusError(f"{path} holds no text", valid='objects with texts, such as {"text": "…"}')
+    return found
 
 
 def _squad_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,339 @@
+"""The verb `replay`: a workload sent to the real runtime as it would come, and what became of every request.
+
+Open loop: a request is sent when the workload says so, whether or not earlier ones were answered, and its latency
+counts from then, so that a slow server cannot slow its own load down. The same workload goes through every policy.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from variator.bench.arrivals import Arrivals, arrivals, lengths_like
+from variator.bench.memory import pss_bytes
+from variator.bench.quality import sentences
+from variator.bench.record import Model, package_versions, this_machine
+from variator.bench.replay_record import ReplayRecord, Served, Workload, summarise
+from variator.bench.simulate import (
+    DROPPED,
+    FAILED,
+    LATE,
+    REFUSED,
+    SERVED,
+    Outcomes,
+    SimulationSettings,
+    simulate,
+)
+from variator.engines.latency import LatencyTable, load_table
+from variator.engines.policies import Costs, Policy, policy_named
+from variator.engines.runtime import Result, Runtime
+from variator.engines.scheduler import Batch, buckets_up_to, check_slo
+from variator.engines.serving import Server, ServeSettings
+from variator.errors import DeadlineExceeded, InputError, Overloaded, VariatorError
+from variator.tasks.read import plain_texts
+from variator.toolkit.bundle import Bundle
+from variator.toolkit.plugin_format import Key
+from variator.toolkit.rows import Input, Row
+
+AGREEMENT = 0.02
+"""How far a simulation may be from the replay, in attainment and in mean ratio (relative), before it is believed."""
+
+MOST_TEXTS = 5000
+"""Of a file, whose lengths requests have."""
+
+SETTLE_S = 0.5
+"""Pause before a workload, after the runtime was warmed up."""
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What is replayed.
+
+    Args:
+        trace: As `bench.arrivals` reads it.
+        policies: As `policy_named` reads them.
+        rate: Requests per second; None takes `load`.
+        load: Rate as a share of what ratio 1 can serve in full batches, by the latency table.
+        texts: Files of texts whose lengths requests have; without them a trace's own, else those of the package's.
+        replicas: Above 1: simulated with so many, at the load of one times their number, after one was validated.
+    """
+
+    trace: str = "poisson"
+    policies: tuple[str, ...] = ("drain", "fixed(1)")
+    slo_ms: float = 250.0
+    rate: float | None = None
+    load: float = 1.0
+    seconds: float = 60.0
+    texts: tuple[Path, ...] = ()
+    engine: str = "auto"
+    precision: str | None = None
+    threads: int = 0
+    seed: int = 0
+    simulated: bool = False
+    replicas: int = 1
+
+
+def replay(
+    bundle: Bundle | Path | str,
+    settings: ReplaySettings,
+    command: str = "",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> ReplayRecord:
+    """Send a workload through policies.
+
+    Raises:
+        EngineError: If nothing is built, or no latency was measured here.
+        InputError: For a workload, policy or objective that is none.
+    """
+    check_slo(settings.slo_ms)
+    if not settings.policies:
+        raise InputError("no policy to replay", valid="drain, slackfit, thresholds, fixed(4)")
+    if settings.replicas < 1:
+        raise InputError(f"{settings.replicas} replicas", valid="1 or more; more than 1 are simulated")
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    notes: list[str] = []
+    with Runtime.open(bundle, settings.engine, settings.precision, settings.threads) as runtime:
+        table = load_table(runtime.built, runtime.threads)
+        ratios = tuple(ratio for ratio in table.ratios if ratio in bundle.ratios)
+        policies = {name: policy_named(name, ratios) for name in settings.policies}
+        limit = bundle.manifest.max_length
+        known = _lengths(runtime, settings.texts)
+        capacity = capacity_per_s(table, ratios, known, limit, settings.slo_ms)
+        rate = settings.rate or settings.load * capacity
+        load = arrivals(settings.trace, rate, settings.seconds, settings.seed)
+        if load.lengths is not None and not settings.texts:
+            known = load.lengths
+            capacity = capacity_per_s(table, ratios, np.minimum(known, limit), limit, settings.slo_ms)
+            rate = settings.rate or settings.load * capacity
+            load = arrivals(settings.trace, rate, settings.seconds, settings.seed)
+            lengths = np.maximum(1, np.minimum(load.lengths if load.lengths is not None else known, limit))
+        else:
+            lengths = lengths_like(known, len(load.times), limit, settings.seed)
+        served = []
+        simulation = SimulationSettings(settings.slo_ms, ratios, limit, spread=table.spread(), seed=settings.seed)
+        for name, policy in policies.items():
+            on_stage(f"{len(load.times)} requests in {load.times[-1]:.0f} s through {name}")
+            outcomes, sent_late, grown = replay_once(runtime, policy, load, lengths, settings.slo_ms, settings.seed)
+            served.append(
+                summarise(
+                    outcomes,
+                    load,
+                    ratios,
+                    runtime.quality,
+                    policy=name,
+                    source="replay",
+                    sent_late_ms=sent_late,
+                    memory_bytes=grown,
+                )
+            )
+            if settings.simulated or settings.replicas > 1:
+                on_stage(f"simulating {name}")
+                one = simulate(table, _again(policy), load, lengths, simulation)
+                alike = summarise(one, load, ratios, runtime.quality, policy=name, source="simulation")
+                apart = disagreement(served[-1], alike, ratios)
+                if apart:
+                    notes.append(f"No simulation of {name} is shown: {apart}.")
+                    continue
+                served.append(alike)
+                if settings.replicas > 1:
+                    served.append(_many(table, policy, settings, rate, known, simulation, ratios, runtime, name))
+        model = _model(bundle)
+        engine, precision = runtime.engine, runtime.built.record.precision
+        quality = {str(ratio): value for ratio, value in runtime.quality.items() if ratio in ratios}
+    workload = Workload(
+        load.name,
+        round(load.rate, 3),
+        round(rate / capacity, 4),
+        round(float(load.times[-1]), 3),
+        len(load.times),
+        round(load.peak, 2),
+        round(float(lengths.mean()), 2),
+        int(lengths.max()),
+        settings.seed,
+        load.step,
+    )
+    return ReplayRecord(
+        this_machine(),
+        model,
+        command,
+        package_versions(),
+        engine,
+        precision,
+        settings.slo_ms,
+        table.date,
+        quality,
+        workload,
+        served,
+        notes,
+    )
+
+
+def _again(policy: Policy) -> Callable[[Sequence[Key]], Policy]:
+    return lambda ratios: policy
+
+
+def _many(
+    table: LatencyTable,
+    policy: Policy,
+    settings: ReplaySettings,
+    rate: float,
+    known: npt.NDArray[np.int64],
+    simulation: SimulationSettings,
+    ratios: tuple[Key, ...],
+    runtime: Runtime,
+    name: str,
+) -> Served:
+    """The same kind of workload over many replicas."""
+    load = arrivals(settings.trace, rate * settings.replicas, settings.seconds, settings.seed)
+    lengths = lengths_like(known, len(load.times), simulation.limit, settings.seed)
+    many = SimulationSettings(**{**vars(simulation), "replicas": settings.replicas})
+    outcomes = simulate(table, _again(policy), load, lengths, many)
+    return summarise(
+        outcomes,
+        load,
+        ratios,
+        runtime.quality,
+        policy=name,
+        source="simulation",
+        replicas=settings.replicas,
+    )
+
+
+def disagreement(real: Served, simulated: Served, ratios: Sequence[Key]) -> str:
+    """Why a simulation is not to be believed; empty if it is."""
+
+    def mean_ratio(served: Served) -> float:
+        return sum(served.mix[str(ratio)] * level for level, ratio in enumerate(ratios)) / max(1, len(ratios) - 1)
+
+    gap = abs(real.attainment - simulated.attainment)
+    other = abs(mean_ratio(real) - mean_ratio(simulated))
+    if gap > AGREEMENT:
+        return f"its attainment is {simulated.attainment:.3f}, the replay's {real.attainment:.3f}"
+    if other > AGREEMENT:
+        return f"its mean level is {mean_ratio(simulated):.3f} of the highest, the replay's {mean_ratio(real):.3f}"
+    return ""
+
+
+def capacity_per_s(
+    table: LatencyTable,
+    ratios: Sequence[Key],
+    lengths: npt.NDArray[np.int64],
+    limit: int,
+    slo_ms: float,
+    level: int = 0,
+) -> float:
+    """Rows per second that a level serves in full batches, for rows of these lengths."""
+    costs = Costs(table, ratios, buckets_up_to(limit))
+    shares = costs.shares(slo_ms)[level]
+    buckets = np.searchsorted(costs.buckets, np.minimum(lengths, limit))
+    return 1e3 / float(np.mean(np.asarray(shares)[buckets]))
+
+
+def _lengths(runtime: Runtime, texts: Sequence[Path]) -> npt.NDArray[np.int64]:
+    """Tokens of real texts."""
+    lines: list[Input] = [text for path in texts for text in plain_texts(path)[:MOST_TEXTS]] or list(sentences())
+    rows = runtime.tokenise(lines, truncate=True)
+    return np.array([len(row.ids) for row in rows], np.int64)
+
+
+def _model(bundle: Bundle) -> Model:
+    m = bundle.manifest
+    return Model(m.model, m.family, m.task, m.hidden_size, m.layers, m.parameters, m.real, str(bundle.path))
+
+
+class _Tally:
+    """An observer of a server: what batches were made of."""
+
+    def __init__(self, outcomes: Outcomes, levels: Sequence[Key], began: float) -> None:
+        self.outcomes, self.levels, self.began = outcomes, list(levels), began
+
+    def batch(self, batch: Batch, queue_ms: Sequence[float], compute_ms: float, tokens: int, padded: int) -> None:
+        """See `Observer.batch`."""
+        self.outcomes.tokens += tokens
+        self.outcomes.padded += padded
+        started = time.perf_counter() - self.began - compute_ms / 1e3
+        self.outcomes.decisions.append((started, batch.level))
+
+    def outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
+        """See `Observer.outcome`."""
+
+    def queue(self, requests: int) -> None:
+        """See `Observer.queue`."""
+
+
+def replay_once(
+    runtime: Runtime,
+    policy: Policy,
+    load: Arrivals,
+    lengths: npt.NDArray[np.int64],
+    slo_ms: float,
+    seed: int = 0,
+) -> tuple[Outcomes, float, int]:
+    """One policy: what became of each request, the p99 of how late they were sent in ms, and bytes that were not
+    given back.
+    """
+    vocabulary = runtime.bundle.manifest.vocabulary
+    ids = np.random.default_rng(seed).integers(5, vocabulary, int(lengths.max())).tolist()
+    rows = {int(length): Row(ids[: int(length)], [0] * int(length)) for length in np.unique(lengths)}
+    requests = [rows[int(length)] for length in lengths]
+    outcomes = Outcomes.of(load.times)
+    with runtime.serve(ServeSettings(slo_ms=slo_ms, policy=policy)) as server:
+        _warm(server, rows)
+        gc.collect()
+        before = pss_bytes()
+        began = time.perf_counter() + SETTLE_S
+        server.observe(_Tally(outcomes, server.ratios, began))
+        late = _send(server, requests, load.times.tolist(), began, outcomes)
+    gc.collect()
+    return outcomes, float(np.percentile(late, 99)), pss_bytes() - before
+
+
+def _warm(server: Server, rows: dict[int, Row]) -> None:
+    """Run something of every length at every ratio: kernels are chosen and memory is taken before anything counts."""
+    for row in rows.values():
+        for ratio in server.ratios:
+            server.submit([row], slo_ms=60_000, min_ratio=ratio, max_ratio=ratio).result()
+
+
+def _send(
+    server: Server, requests: Sequence[Row], times: Sequence[float], began: float, outcomes: Outcomes
+) -> list[float]:
+    """Send each when it is due; ms that each was sent late."""
+    late: list[float] = []
+    levels = {ratio: level for level, ratio in enumerate(server.ratios)}
+
+    def settle(index: int, due: float, future: Future[Result]) -> None:
+        took = time.perf_counter() * 1e3 - due
+        outcomes.latency_ms[index] = took
+        error = future.exception()
+        if error is None:
+            result = future.result()
+            outcomes.level[index] = levels[result.ratio]
+            outcomes.queued_ms[index] = result.queue_ms
+            outcomes.outcome[index] = SERVED if took <= server.settings.slo_ms else LATE
+        else:
+            outcomes.outcome[index] = DROPPED if isinstance(error, DeadlineExceeded) else FAILED
+
+    for index, (row, at) in enumerate(zip(requests, times, strict=True)):
+        due = began + at
+        pause = due - time.perf_counter()
+        if pause > 0:
+            time.sleep(pause)
+        late.append((time.perf_counter() - due) * 1e3)
+        try:
+            future = server.submit([row], arrival_ms=due * 1e3)
+        except (DeadlineExceeded, Overloaded):
+            outcomes.outcome[index] = REFUSED
+            outcomes.latency_ms[index] = time.perf_counter() * 1e3 - due * 1e3
+        except VariatorError:
+            outcomes.outcome[index] = FAILED
+        else:
+            future.add_done_callback(lambda done, index=index, due=due: settle(index, due * 1e3, done))  # type: ignore[misc]
+    return late

@@ -1,0 +1,266 @@
+"""What waits, in which order, and what runs next. Pure: time comes in as an argument, nothing is computed here.
+
+Earliest deadline first within a priority. A batch takes the first request and those of its length bucket that come
+next: little is padded, and nobody waits for a longer text than his own kind. `engines.serving` drives this with threads
+and a real engine, `bench.simulate` with a virtual clock.
+
+The same request is in two heaps, in that of its bucket and in that of all; what has left is skipped where it turns up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any
+
+from variator.engines.policies import Costs, Policy
+from variator.errors import DeadlineExceeded, InputError, Overloaded
+from variator.toolkit.plugin_format import Key
+
+BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Lengths that requests are grouped by; finer than a fixed ratio's, because what waits is sorted anyway."""
+
+MAX_SLO_MS = 3_600_000.0
+MAX_QUEUE = 10_000
+MAX_TOKENS = 16_384
+"""Rows x length of one batch."""
+
+
+def buckets_up_to(limit: int) -> tuple[int, ...]:
+    """The buckets of a model that takes `limit` tokens."""
+    return (*(bucket for bucket in BUCKETS if bucket < limit), limit)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request in the queue: rows that are answered together.
+
+    Args:
+        rows: How many.
+        length: Tokens of the longest.
+        arrival, deadline: On the scheduler's clock, ms.
+        priority: Higher goes first, whatever the deadlines.
+        lowest, highest: Levels that it may be served at.
+        payload: Whatever the driver needs.
+    """
+
+    rows: int
+    length: int
+    arrival: float
+    deadline: float
+    priority: int = 0
+    lowest: int = 0
+    highest: int = 1 << 30
+    payload: Any = None
+    bucket: int = -1
+    waiting: bool = field(default=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What runs next; `expected_ms` by the latency table."""
+
+    requests: list[Request]
+    level: int
+    ratio: Key
+    rows: int
+    expected_ms: float
+
+
+Entry = tuple[int, float, int, Request]
+
+
+class _Group:
+    """Requests of one bucket and priority."""
+
+    __slots__ = ("heap", "rows")
+
+    def __init__(self) -> None:
+        self.heap: list[Entry] = []
+        self.rows = 0
+
+
+class Scheduler:
+    """The queue.
+
+    Args:
+        policy: Of the ratio.
+        slo_ms: That most requests have; the time to drain the queue is counted in batches that fit it.
+        max_queue: Requests that may wait.
+    """
+
+    def __init__(self, costs: Costs, policy: Policy, slo_ms: float, max_queue: int = MAX_QUEUE) -> None:
+        check_slo(slo_ms)
+        self.costs, self.policy, self.max_queue = costs, policy, max_queue
+        self.head: Request
+        self.waiting = 0
+        self.drain_ms = [0.0] * len(costs.ratios)
+        self.requests = self.rows = 0
+        self.busy_until = -math.inf
+        self._shares = costs.shares(slo_ms)
+        self._groups: dict[tuple[int, int], _Group] = {}
+        self._all: list[Entry] = []
+        self._numbers = count()
+        self._now = -math.inf
+        self._bucket_of = _bucket_of(costs.buckets)
+        self._token_rows = [max(1, MAX_TOKENS // length) for length in costs.buckets]
+
+    def submit(self, request: Request, now: float) -> None:
+        """Let a request wait.
+
+        Raises:
+            InputError: If it is longer than any bucket, or its levels leave none.
+            DeadlineExceeded: If it cannot be answered in time even at the highest ratio that it allows.
+            Overloaded: If the queue is full.
+        """
+        now = self._forward(now)
+        if not 1 <= request.length <= self.costs.buckets[-1]:
+            raise InputError(f"a row of {request.length} tokens", valid=f"1 to {self.costs.buckets[-1]}")
+        last = len(self.drain_ms) - 1
+        request.highest = min(request.highest, last)
+        if not 0 <= request.lowest <= request.highest:
+            raise InputError(
+                f"the request allows no ratio: from level {request.lowest} to {request.highest}",
+                valid=", ".join(map(str, self.costs.ratios)),
+            )
+        if self.requests >= self.max_queue:
+            raise Overloaded(f"{self.requests} requests are waiting", fix="try again later, or send less")
+        request.bucket = bucket = self._bucket_of[request.length]
+        least = self.costs.ms(request.highest, request.rows, bucket)
+        if max(now, self.busy_until) + least > request.deadline:
+            raise DeadlineExceeded(
+                f"a deadline in {request.deadline - now:.1f} ms cannot be met: {request.rows} rows of up to "
+                f"{request.length} tokens take {least:.1f} ms at ratio {self.costs.ratios[request.highest]}, and "
+                f"{max(0.0, self.busy_until - now):.1f} ms are spoken for",
+                fix="allow more time or a higher ratio",
+            )
+        self._add(request, (-request.priority, request.deadline, next(self._numbers), request))
+
+    def _add(self, request: Request, entry: Entry) -> None:
+        group = self._groups.get((request.priority, request.bucket))
+        if group is None:
+            group = self._groups[request.priority, request.bucket] = _Group()
+        heappush(group.heap, entry)
+        heappush(self._all, entry)
+        request.waiting = True
+        self._count(request, group, 1)
+
+    def _count(self, request: Request, group: _Group, sign: int) -> None:
+        rows = sign * request.rows
+        self.requests += sign
+        self.rows += rows
+        group.rows += rows
+        drain, bucket = self.drain_ms, request.bucket
+        if self.requests:
+            for level, shares in enumerate(self._shares):
+                drain[level] += rows * shares[bucket]
+        else:  # nothing is left of rounding either
+            self._all.clear()
+            self.drain_ms[:] = [0.0] * len(drain)
+        if not group.rows:
+            del self._groups[request.priority, bucket]
+
+    def discard(self, request: Request) -> bool:
+        """Take a request out; whether it was still waiting."""
+        if not request.waiting:
+            return False
+        request.waiting = False
+        self._count(request, self._groups[request.priority, request.bucket], -1)
+        return True
+
+    def next_batch(self, now: float) -> tuple[Batch | None, list[Request]]:
+        """What runs now, if anything waits, and the requests that are given up because no ratio is fast enough."""
+        now = self._forward(now)
+        hopeless: list[Request] = []
+        while (first := self._first()) is not None:
+            if now + self.costs.ms(first.highest, first.rows, first.bucket) <= first.deadline:
+                break
+            self.discard(first)
+            hopeless.append(first)
+        if first is None:
+            return None, hopeless
+        group = self._groups[first.priority, first.bucket]
+        self.head, self.waiting = first, group.rows
+        level, rows = self.policy.choose(self, self.costs, now)
+        level = min(max(level, first.lowest), first.highest)
+        batch = self._take(first, group, level, min(rows, self._token_rows[first.bucket]))
+        self.busy_until = now + batch.expected_ms
+        return batch, hopeless
+
+    def done(self, now: float) -> None:
+        """The batch that ran has ended, sooner or later than expected."""
+        self.busy_until = self._forward(now)
+
+    def _first(self) -> Request | None:
+        heap = self._all
+        while heap:
+            if heap[0][3].waiting:
+                return heap[0][3]
+            heappop(heap)
+        return None
+
+    def _take(self, first: Request, group: _Group, level: int, most: int) -> Batch:
+        """Requests of a group that may be served at a level, the first in any case."""
+        taken: list[Request] = []
+        aside: list[Entry] = []
+        rows, heap = 0, group.heap
+        while heap and (rows < most or not taken):
+            entry = heappop(heap)
+            request = entry[3]
+            if not request.waiting:
+                continue
+            fits = request is first or (rows + request.rows <= most and request.lowest <= level <= request.highest)
+            if not fits:
+                aside.append(entry)
+                if len(aside) > most:
+                    break
+                continue
+            taken.append(request)
+            rows += request.rows
+        for entry in aside:
+            heappush(heap, entry)
+        for request in taken:
+            request.waiting = False
+            self._count(request, group, -1)
+        return Batch(taken, level, self.costs.ratios[level], rows, self.costs.ms(level, rows, first.bucket))
+
+    def overdue(self, now: float) -> list[Request]:
+        """Take out whose deadline has passed: nobody waits for an answer any more. For when the engine is busy."""
+        now = self._forward(now)
+        late = [entry[3] for entry in self._all if entry[3].waiting and entry[3].deadline < now]
+        for request in late:
+            self.discard(request)
+        return late
+
+    def next_deadline(self) -> float | None:
+        """Of whatever waits, the earliest; None if nothing does."""
+        return min((entry[1] for entry in self._all if entry[3].waiting), default=None)
+
+    def drain(self) -> list[Request]:
+        """Take everything out."""
+        left = [entry[3] for entry in sorted(self._all, key=lambda entry: entry[:3]) if entry[3].waiting]
+        for request in left:
+            self.discard(request)
+        return left
+
+    def _forward(self, now: float) -> float:
+        """Time as it may be: a clock that jumps back stands still instead."""
+        self._now = max(self._now, now)
+        return self._now
+
+
+def check_slo(slo_ms: float) -> None:
+    """Raise `InputError` unless a time can be an objective."""
+    if not isinstance(slo_ms, int | float) or isinstance(slo_ms, bool) or not 0 < slo_ms <= MAX_SLO_MS:
+        raise InputError(f"an SLO of {slo_ms!r} ms", valid=f"more than 0, up to {MAX_SLO_MS:.0f} ms")
+
+
+def _bucket_of(buckets: Sequence[int]) -> list[int]:
+    """Index of the bucket by length."""
+    found = [0]
+    for index, bucket in enumerate(buckets):
+        found += [index] * (bucket - len(found) + 1)
+    return found
