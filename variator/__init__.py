@@ -1,7 +1,7 @@
 """variator: compression plugins that make frozen Transformer encoders faster, compiled for deployment.
 
-The verbs are `export`, `build`, `bench`, `train` and `Runtime`; they are imported on first use, so that serving
-a bundle loads neither torch nor transformers.
+The verbs are `export`, `build`, `bench`, `replay`, `train` and `Runtime`; they are imported on first use, so that
+serving a bundle loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ _HOMES = {
     "load_plugin": "variator.toolkit.plugin_file",
     "save_plugin": "variator.toolkit.plugin_file",
     "Bundle": "variator.toolkit.bundle",
+    "ServeSettings": "variator.engines.serving",
+    "replay": "variator.bench.replay",
+    "ReplaySettings": "variator.bench.replay",
     "VariatorError": "variator.errors",
+    "DeadlineExceeded": "variator.errors",
+    "Overloaded": "variator.errors",
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

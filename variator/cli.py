@@ -167,11 +167,15 @@ def build(
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="GPU to compile for without having it: 8.9. For tensorrt-rtx.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Measure how long runs take here, for --ratio auto and `replay`; a minute or two.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Build an engine for this machine, checked against PyTorch; an unchanged one is reused at once."""
     from variator.engines.base import BuildOptions
     from variator.engines.build import build as verb
+    from variator.engines.latency import calibrated
 
     said: list[str] = []
     options = BuildOptions(tuple(profile or ()), tuple(compute_capability or ()))
@@ -182,6 +186,9 @@ def build(
             on_stage(stage)
 
         built = verb(bundle, engine, precision, threads, rebuild, tell, options, on_progress)
+        if calibrate and built.record.gated:
+            on_stage("measuring latency")
+            calibrated(bundle, built, threads, on_progress)
     if as_json:
         _print_json({"directory": str(built.directory), **asdict(built.record)})
         return
@@ -199,7 +206,8 @@ def build(
 def run(
     bundle: BundleArgument,
     text: Annotated[list[str], typer.Option(help="A text; repeat for several.")],
-    ratio: Annotated[str, typer.Option(help="A ratio that the plugin has, or a setting's name.")] = "1",
+    ratio: Annotated[str, typer.Option(help="A ratio that the plugin has, a setting's name, or auto.")] = "1",
+    slo_ms: Annotated[float | None, typer.Option(help="With --ratio auto: time for the answer.")] = None,
     plugin: Annotated[
         Path | None, typer.Option(help="Plugin file or directory instead of the bundle's own (layout shared).")
     ] = None,
@@ -215,7 +223,7 @@ def run(
     with Runtime.open(bundle, engine, precision, threads) as runtime:
         if plugin is not None:
             runtime.plug(DEFAULT, plugin)
-        result = runtime.infer(text, ratio=keys([ratio])[0], truncate=truncate)
+        result = runtime.infer(text, ratio=keys([ratio])[0], truncate=truncate, slo_ms=slo_ms)
         picked = runtime.picked
     if as_json:
         record = asdict(result) | {"outputs": {name: values.tolist() for name, values in result.outputs.items()}}
@@ -223,7 +231,9 @@ def run(
         return
     console = Console()
     console.print(Text(f"ratio {result.ratio}, engine {picked}"))
-    console.print(Text(f"tokenise {result.tokenise_ms:.1f} ms, compute {result.compute_ms:.1f} ms"))
+    quality = f", quality {result.expected_quality:.4f} of ratio 1" if result.expected_quality is not None else ""
+    times = f"tokenise {result.tokenise_ms:.1f} ms, queue {result.queue_ms:.1f} ms, compute {result.compute_ms:.1f} ms"
+    console.print(Text(times + quality))
     for name, values in result.outputs.items():
         for row, value in zip(text, values, strict=True):
             head = ", ".join(f"{number:.4f}" for number in value.ravel()[:6])
@@ -248,8 +258,15 @@ def bench(
     ] = None,
     quality: Annotated[bool, typer.Option(help="Measure quality.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure memory.")] = True,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure how long runs take here, anew, and nothing else.")
+    ] = False,
+    precision: PrecisionOption = None,
 ) -> None:
     """Measure speed, FLOPs, memory, disk and quality of all ratios; one table, one record, one report."""
+    if calibrate:
+        _calibrate(bundle, engine or ["auto"], precision, threads)
+        return
     from variator.bench import table
     from variator.bench.run import BenchSettings
     from variator.bench.run import bench as verb
@@ -282,6 +299,82 @@ def bench(
         from variator.bench import report
 
         report.write(record, html)
+
+
+def _calibrate(bundle: Path, engines: list[str], precision: str | None, threads: int) -> None:
+    """Measure the latency tables of engines."""
+    from variator.engines.built import LATENCY_FILE, find_built
+    from variator.engines.latency import calibrated
+    from variator.toolkit.bundle import Bundle
+
+    for engine in engines:
+        built, _ = find_built(Bundle.open(bundle), engine, precision)
+        with bars() as (_, on_progress):
+            table = calibrated(bundle, built, threads, on_progress, again=True)
+        shown = Table("rows x tokens", *(f"ratio {ratio}, ms" for ratio in table.ratios), title=built.directory.name)
+        for rows, length in ((1, 16), (1, 128), (8, 64), (32, 64)):
+            shown.add_row(f"{rows} x {length}", *(f"{table.ms(ratio, rows, length):.1f}" for ratio in table.ratios))
+        Console().print(shown, Text(f"{len(table.points)} points in {built.directory / LATENCY_FILE}"))
+
+
+@app.command(short_help="Send a workload through policies, and see who holds the objective.")
+def replay(
+    bundle: BundleArgument,
+    trace: Annotated[
+        str, typer.Option(help="poisson, gamma:16 (squared variation), step, or a CSV file with time stamps.")
+    ] = "poisson",
+    slo_ms: Annotated[float, typer.Option(help="Time from arrival to answer.")] = 250.0,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="drain, slackfit, thresholds or fixed(4); repeat. drain and fixed(1).")
+    ] = None,
+    load: Annotated[float, typer.Option(help="Requests, as a share of what ratio 1 can serve.")] = 1.0,
+    rate: Annotated[float | None, typer.Option(help="Requests per second, instead of --load.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long.")] = 60.0,
+    texts: Annotated[
+        list[Path] | None, typer.Option(help="Real texts, .jsonl(.gz), for the lengths of requests; repeat.")
+    ] = None,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 0,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Also on a virtual clock, beside the replay.")] = False,
+    replicas: Annotated[
+        int, typer.Option(help="Simulate so many behind a balancer, once one agrees with the replay.", min=1)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report with plots here.")] = None,
+) -> None:
+    """Send the same workload through policies as it would come, and report who answers in time at which quality."""
+    from variator.bench import replay_report
+    from variator.bench.replay import ReplaySettings
+    from variator.bench.replay import replay as verb
+    from variator.files import write_atomically
+
+    _check_places(json_file, html)
+    if html:
+        import matplotlib  # noqa: F401
+    settings = ReplaySettings(
+        trace,
+        tuple(policy or ("drain", "fixed(1)")),
+        slo_ms,
+        rate,
+        load,
+        seconds,
+        tuple(texts or ()),
+        engine,
+        precision,
+        threads,
+        seed,
+        simulate,
+        replicas,
+    )
+    with stages() as on_stage:
+        record = verb(bundle, settings, _command_line(), on_stage)
+    replay_report.show(record, Console())
+    if json_file:
+        write_atomically(json_file, record.to_json())
+    if html:
+        write_atomically(html, replay_report.html(record))
 
 
 @app.command(short_help="Show what a bundle holds, checking every hash.")

@@ -59,14 +59,19 @@ def style() -> AbstractContextManager[None]:
 
 def draw(size: tuple[float, float], title: str, paint: Callable[[Axes], None]) -> str:
     """One SVG element; `title` is what a screen reader says, and keeps the ids of several drawings apart."""
+    return draw_rows(size, title, (paint,))
+
+
+def draw_rows(size: tuple[float, float], title: str, paints: Sequence[Callable[[Axes], None]]) -> str:
+    """Like `draw`, several over one common axis below."""
     from markupsafe import escape
     from matplotlib.figure import Figure
 
     figure: Figure = Figure(figsize=size, layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    paint(axes)
+    for axes, paint in zip(figure.subplots(len(paints), sharex=True, squeeze=False)[:, 0], paints, strict=True):
+        axes.patch.set_alpha(0)
+        paint(axes)
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -247,3 +249,20 @@ def load_table(built: BuiltEngine, threads: int) -> LatencyTable:
             f"{path} was measured with {name} {table.machine.get(name)!r}, here it is {here[name]!r}", fix=command
         )
     return table
+
+
+def calibrated(
+    bundle: Path | str,
+    built: BuiltEngine,
+    threads: int = 0,
+    on_progress: Callable[[str, float], None] = lambda what, share: None,
+    again: bool = False,
+) -> LatencyTable:
+    """The table of a built engine, measured now if there is none that fits (or `again`)."""
+    from variator.engines.runtime import Runtime
+
+    with Runtime.open(bundle, built.record.backend, built.record.precision, threads) as runtime:
+        if not again:
+            with contextlib.suppress(EngineError):
+                return load_table(runtime.built, runtime.threads)
+        return calibrate(runtime, on_progress=on_progress)

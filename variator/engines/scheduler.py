@@ -10,6 +10,7 @@ The same request is in two heaps, in that of its bucket and in that of all; what
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -22,6 +23,9 @@ from variator.toolkit.plugin_format import Key
 
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Lengths that requests are grouped by; finer than a fixed ratio's, because what waits is sorted anyway."""
+
+MARGIN = 1.05
+"""What a run's latency is multiplied by where a batch is cut so that its first request is in time."""
 
 MAX_SLO_MS = 3_600_000.0
 MAX_QUEUE = 10_000
@@ -176,19 +180,30 @@ class Scheduler:
         now = self._forward(now)
         hopeless: list[Request] = []
         while (first := self._first()) is not None:
-            if now + self.costs.ms(first.highest, first.rows, first.bucket) <= first.deadline:
+            group = self._groups[first.priority, first.bucket]
+            if now + self._soonest(first, group) <= first.deadline:
                 break
             self.discard(first)
             hopeless.append(first)
-        if first is None:
+        else:
             return None, hopeless
-        group = self._groups[first.priority, first.bucket]
         self.head, self.waiting = first, group.rows
         level, rows = self.policy.choose(self, self.costs, now)
         level = min(max(level, first.lowest), first.highest)
-        batch = self._take(first, group, level, min(rows, self._token_rows[first.bucket]))
+        in_time = bisect_right(self.costs.lines[level][first.bucket], (first.deadline - now) / MARGIN) - 1
+        batch = self._take(first, group, level, min(rows, in_time, self._token_rows[first.bucket]))
         self.busy_until = now + batch.expected_ms
         return batch, hopeless
+
+    def _soonest(self, first: Request, group: _Group) -> float:
+        """ms until the first could be answered, in as large a batch as the queue needs now.
+
+        In a small one it might still be in time, but those behind it would not be: who cannot make a full batch is
+        given up for them.
+        """
+        caps = self.costs.caps(first.deadline - first.arrival)[first.highest]
+        rows = min(group.rows, caps[first.bucket])
+        return self.costs.ms(first.highest, max(rows, first.rows), first.bucket)
 
     def done(self, now: float) -> None:
         """The batch that ran has ended, sooner or later than expected."""
