@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +135,7 @@ def replay(
             )
             if settings.simulated or settings.replicas > 1:
                 on_stage(f"simulating {name}")
+                simulation = replace(simulation, pace=served[-1].pace)
                 one = simulate(table, _again(policy), load, lengths, simulation)
                 alike = summarise(one, load, ratios, runtime.quality, policy=name, source="simulation")
                 apart = disagreement(served[-1], alike, ratios)
@@ -193,7 +194,7 @@ def _many(
     """The same kind of workload over many replicas."""
     load = arrivals(settings.trace, rate * settings.replicas, settings.seconds, settings.seed)
     lengths = lengths_like(known, len(load.times), simulation.limit, settings.seed)
-    many = SimulationSettings(**{**vars(simulation), "replicas": settings.replicas})
+    many = replace(simulation, replicas=settings.replicas)
     outcomes = simulate(table, _again(policy), load, lengths, many)
     return summarise(
         outcomes,
@@ -258,6 +259,8 @@ class _Tally:
         """See `Observer.batch`."""
         self.outcomes.tokens += tokens
         self.outcomes.padded += padded
+        self.outcomes.busy_ms += compute_ms
+        self.outcomes.expected_ms += batch.expected_ms
         started = time.perf_counter() - self.began - compute_ms / 1e3
         self.outcomes.decisions.append((started, batch.level))
 

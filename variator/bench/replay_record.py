@@ -63,6 +63,7 @@ class Served:
         mix: Share of what was answered in time by ratio.
         switches: Changes of the ratio from batch to batch.
         back_s: From the end of a step until ratio 1 is steady again; None without a step, or if it never is.
+        pace: What runs took over what the latency table says.
         padding: Share of the computed tokens that were padding.
         sent_late_ms: p99 of how much later than scheduled requests were really sent; 0 in a simulation.
         memory_bytes: Of the process, after less before.
@@ -86,6 +87,7 @@ class Served:
     failed: int
     switches: int
     back_s: float | None
+    pace: float
     padding: float
     sent_late_ms: float
     memory_bytes: int
@@ -188,6 +190,7 @@ def summarise(
         int((found == FAILED).sum()),
         sum(a != b for a, b in itertools.pairwise(chosen)),
         _back(outcomes.decisions, load.step),
+        round(outcomes.busy_ms / outcomes.expected_ms, 4) if outcomes.expected_ms else 1.0,
         round(1 - outcomes.tokens / outcomes.padded, 4) if outcomes.padded else 0.0,
         round(sent_late_ms, 3),
         memory_bytes,

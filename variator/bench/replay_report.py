@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = ("policy", "in time", "95 % interval", "quality", "p50 ms", "p99 ms", "p99.9 ms", "ratios of the answers",
-           "late", "given up", "refused", "failed", "switches", "padding")  # fmt: skip
+           "late", "given up", "refused", "failed", "switches", "padding", "pace")  # fmt: skip
 LABELS = 1
 SIZE = (9.4, 6.4)
 
@@ -53,6 +53,7 @@ def _row(served: Served) -> list[str]:
         mix or MISSING,
         *(str(count) for count in (served.late, served.dropped, served.refused, served.failed, served.switches)),
         percent(served.padding),
+        decimal(served.pace, 2),
     ]
 
 

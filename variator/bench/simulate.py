@@ -44,7 +44,7 @@ class SimulationSettings:
     """What is simulated.
 
     Args:
-        overhead_ms: Per batch, beside the engine: what the runtime itself was measured to take.
+        pace: What runs take over what the table says, as a replay measured it.
         spread: p95 over p50 of a run; latencies vary accordingly (log-normal).
         limit: The model's, tokens.
     """
@@ -55,7 +55,7 @@ class SimulationSettings:
     max_rows: int = 64
     max_queue: int = MAX_QUEUE
     replicas: int = 1
-    overhead_ms: float = 0.0
+    pace: float = 1.0
     spread: float = 1.0
     failures: tuple[Failure, ...] = ()
     seed: int = 0
@@ -71,6 +71,7 @@ class Outcomes:
         latency_ms: From the scheduled arrival to the answer.
         arrival_s: When it came.
         queued_ms: Of those, waiting.
+        busy_ms, expected_ms: All runs together, and what the table says they would take.
         tokens, padded: Computed for real tokens, and with padding.
         decisions: (seconds, level) of every batch.
     """
@@ -80,6 +81,8 @@ class Outcomes:
     latency_ms: npt.NDArray[np.float64]
     arrival_s: npt.NDArray[np.float64]
     queued_ms: npt.NDArray[np.float64]
+    busy_ms: float = 0.0
+    expected_ms: float = 0.0
     tokens: int = 0
     padded: int = 0
     decisions: list[tuple[float, int]] = field(default_factory=list)
@@ -99,6 +102,7 @@ class _Replica:
         self.scheduler = scheduler
         self.running: Batch | None = None
         self.work = 0
+        self.took = 0.0
         self.up = True
         self.epoch = 0
 
@@ -224,16 +228,18 @@ class _Simulation:
         self.found.tokens += tokens
         self.found.padded += longest * batch.rows
         self.found.decisions.append((now / 1e3, batch.level))
+        self.found.expected_ms += batch.expected_ms
         if not self.noise:
             self.noise = np.exp(self.rng.normal(0.0, self.sigma, 4096)).tolist()
-        took = batch.expected_ms * self.noise.pop() + self.settings.overhead_ms
-        heapq.heappush(self.events, (now + took, DONE, index, replica.epoch))
+        replica.took = batch.expected_ms * self.noise.pop() * self.settings.pace
+        self.found.busy_ms += replica.took
+        heapq.heappush(self.events, (now + replica.took, DONE, index, replica.epoch))
 
     def _finish(self, index: int, now: float) -> None:
         replica = self.replicas[index]
         batch = replica.running
         assert batch is not None
-        replica.scheduler.done(now)
+        replica.scheduler.done(now, batch, replica.took)
         for request in batch.requests:
             self.found.level[request.payload] = batch.level
             self._end(request, SERVED if now <= request.deadline else LATE, now)

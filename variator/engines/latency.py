@@ -191,29 +191,40 @@ def calibrate(
     lengths: Sequence[int] = LENGTHS,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> LatencyTable:
-    """Measure all ratios at all shapes, ratios in turn, and keep the table beside the engine."""
+    """Measure all ratios at all shapes, and keep the table beside the engine.
+
+    Shapes follow one another in changing order, as they do in service: some libraries prepare anew for every shape
+    that is not the last one's, and that is part of what a run takes.
+    """
     limit, manifest = runtime.bundle.manifest.max_length, runtime.bundle.manifest
-    lengths = sorted({min(length, limit) for length in lengths})
-    ratios, points = runtime.bundle.ratios, []
-    for done, length in enumerate(lengths):
-        on_progress(f"latency at {length} tokens", done / len(lengths))
+    times: dict[tuple[int, int], dict[Key, list[float]]] = {}
+
+    def measure(shape: tuple[int, int]) -> dict[Key, float]:
+        feed = full_feed(manifest.inputs, manifest.vocabulary, shape)
+        return {ratio: runtime.timed_run(ratio, feed) for ratio in runtime.bundle.ratios}
+
+    for length in sorted({min(length, limit) for length in lengths}):
         for batch in batches:
-            feed = full_feed(manifest.inputs, manifest.vocabulary, (batch, length))
-            times: dict[Key, list[float]] = {ratio: [] for ratio in ratios}
-            spent = 0.0
-            for turn in range(runs + 1):
-                if turn > LEAST_RUNS and spent > POINT_MS:
-                    break
-                for ratio in ratios:
-                    elapsed = runtime.timed_run(ratio, feed)
-                    spent += elapsed
-                    if turn:  # the first finds nothing ready
-                        times[ratio].append(elapsed)
-            for ratio, found in times.items():
-                p50, p95 = (round(float(value), 4) for value in np.percentile(found, (50, 95)))
-                points.append(Point(ratio, batch, length, p50, p95, len(found)))
-            if max(np.median(found) for found in times.values()) > LONG_MS:
+            on_progress(f"latency at {batch} x {length}", 0.0)
+            first = measure((batch, length))  # finds nothing ready: does not count
+            times[batch, length] = {ratio: [] for ratio in first}
+            if max(first.values()) > LONG_MS:
                 break
+    rng = np.random.default_rng(0)
+    for turn in range(runs):
+        shapes = list(times)
+        for done, index in enumerate(rng.permutation(len(shapes))):
+            found = times[shapes[index]]
+            spent = sum(map(sum, found.values()))
+            if turn < LEAST_RUNS or spent < POINT_MS:
+                on_progress("latency", (turn + done / len(shapes)) / runs)
+                for ratio, elapsed in measure(shapes[index]).items():
+                    found[ratio].append(elapsed)
+    points = []
+    for (batch, length), by_ratio in times.items():
+        for ratio, values in by_ratio.items():
+            p50, p95 = (round(float(value), 4) for value in np.percentile(values, (50, 95)))
+            points.append(Point(ratio, batch, length, p50, p95, len(values)))
     record = runtime.built.record
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     measured_on = fingerprint(runtime.built, runtime.threads)

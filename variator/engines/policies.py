@@ -18,6 +18,9 @@ from variator.toolkit.plugin_format import Key
 BATCH_SHARE = 1 / 3
 """Of its SLO that a single run may take: a request that just missed one batch still makes the next."""
 
+EFFICIENT = 1.1
+"""A batch is full when a row costs no more than this many times what it costs at best."""
+
 MAX_CACHED = 256
 """Different SLOs whose limits are kept."""
 
@@ -47,16 +50,17 @@ class Costs:
         self._shares: dict[float, list[list[float]]] = {}
 
     def caps(self, slo_ms: float) -> list[list[int]]:
-        """Most rows of a batch by level and bucket: a run takes no more than `BATCH_SHARE` of the SLO. At least 1."""
+        """Most rows of a batch by level and bucket, at least 1.
+
+        A run takes no more than `BATCH_SHARE` of the SLO, and no batch is larger than it takes to be efficient: whoever
+        comes meanwhile waits for its end.
+        """
         slo_ms = round(slo_ms, 1)
         if slo_ms not in self._caps:
             if len(self._caps) >= MAX_CACHED:
                 self._caps.clear()
-            limit = slo_ms * BATCH_SHARE
-            rows = range(1, self.max_rows + 1)
-            self._caps[slo_ms] = [
-                [max((n for n in rows if line[n] <= limit), default=1) for line in level] for level in self.lines
-            ]
+                self._shares.clear()
+            self._caps[slo_ms] = [[_cap(line[: self.max_rows + 1], slo_ms) for line in level] for level in self.lines]
         return self._caps[slo_ms]
 
     def shares(self, slo_ms: float) -> list[list[float]]:
@@ -65,7 +69,7 @@ class Costs:
         if slo_ms not in self._shares:
             caps = self.caps(slo_ms)
             self._shares[slo_ms] = [
-                [min(line[n] / n for n in range(1, cap + 1)) for line, cap in zip(level, of_level, strict=True)]
+                [line[cap] / cap for line, cap in zip(level, of_level, strict=True)]
                 for level, of_level in zip(self.lines, caps, strict=True)
             ]
         return self._shares[slo_ms]
@@ -74,6 +78,13 @@ class Costs:
         """A run's latency."""
         line = self.lines[level][bucket]
         return line[rows] if rows <= MAX_ROWS else line[MAX_ROWS] / MAX_ROWS * rows
+
+
+def _cap(line: Sequence[float], slo_ms: float) -> int:
+    """Rows of a full batch, from its latency by rows."""
+    within = [rows for rows in range(1, len(line)) if line[rows] <= slo_ms * BATCH_SHARE] or [1]
+    best = min(line[rows] / rows for rows in within)
+    return next(rows for rows in within if line[rows] / rows <= best * EFFICIENT)
 
 
 class Head(Protocol):
@@ -98,7 +109,11 @@ class Queue(Protocol):
 
     @property
     def drain_ms(self) -> Sequence[float]:
-        """Time to serve all that waits, by level, in full batches."""
+        """Time to serve all that waits, by level, in full batches, by the table."""
+
+    @property
+    def pace(self) -> float:
+        """What runs take at present, over what the table says."""
 
 
 class Policy(Protocol):
@@ -141,7 +156,8 @@ class Thresholds:
         """See `Policy.choose`."""
         head = queue.head
         slo = head.deadline - head.arrival
-        level = min(sum(queue.drain_ms[0] > share * slo for share in self.shares), len(costs.ratios) - 1)
+        work = queue.drain_ms[0] * queue.pace
+        level = min(sum(work > share * slo for share in self.shares), len(costs.ratios) - 1)
         return level, costs.caps(slo)[level][head.bucket]
 
 
@@ -160,7 +176,7 @@ class SlackFit:
     def choose(self, queue: Queue, costs: Costs, now: float) -> tuple[int, int]:
         """See `Policy.choose`."""
         head = queue.head
-        slack, slo = head.deadline - now, head.deadline - head.arrival
+        slack, slo = (head.deadline - now) / queue.pace, (head.deadline - head.arrival) / queue.pace
         # Several rows of the queue at once, as many as there are: a larger batch than that does not exist.
         most = min(queue.waiting, costs.max_rows)
         lines = [line[head.bucket] for line in costs.lines]
@@ -195,7 +211,7 @@ class Drain:
         head = queue.head
         slo = head.deadline - head.arrival
         caps, lines, bucket, waiting = costs.caps(slo), costs.lines, head.bucket, queue.waiting
-        soon, slack = self.alpha * slo, (head.deadline - now) / self.margin
+        soon, slack = self.alpha * slo / queue.pace, (head.deadline - now) / (self.margin * queue.pace)
         last = len(lines) - 1
         for level in range(last):
             if queue.drain_ms[level] <= soon:

@@ -27,6 +27,9 @@ BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192
 MARGIN = 1.05
 """What a run's latency is multiplied by where a batch is cut so that its first request is in time."""
 
+PACE_MS, PACES = 1000.0, (0.5, 4.0)
+"""Memory of the pace, in ms of expected work, and what it may be: one run that hangs says nothing about the next."""
+
 MAX_SLO_MS = 3_600_000.0
 MAX_QUEUE = 10_000
 MAX_TOKENS = 16_384
@@ -104,6 +107,8 @@ class Scheduler:
         self.drain_ms = [0.0] * len(costs.ratios)
         self.requests = self.rows = 0
         self.busy_until = -math.inf
+        self.pace = 1.0
+        self._took = self._expected = PACE_MS
         self._shares = costs.shares(slo_ms)
         self._groups: dict[tuple[int, int], _Group] = {}
         self._all: list[Entry] = []
@@ -133,7 +138,7 @@ class Scheduler:
         if self.requests >= self.max_queue:
             raise Overloaded(f"{self.requests} requests are waiting", fix="try again later, or send less")
         request.bucket = bucket = self._bucket_of[request.length]
-        least = self.costs.ms(request.highest, request.rows, bucket)
+        least = self.costs.ms(request.highest, request.rows, bucket) * self.pace
         if max(now, self.busy_until) + least > request.deadline:
             raise DeadlineExceeded(
                 f"a deadline in {request.deadline - now:.1f} ms cannot be met: {request.rows} rows of up to "
@@ -190,9 +195,9 @@ class Scheduler:
         self.head, self.waiting = first, group.rows
         level, rows = self.policy.choose(self, self.costs, now)
         level = min(max(level, first.lowest), first.highest)
-        in_time = bisect_right(self.costs.lines[level][first.bucket], (first.deadline - now) / MARGIN) - 1
+        in_time = bisect_right(self.costs.lines[level][first.bucket], (first.deadline - now) / (MARGIN * self.pace)) - 1
         batch = self._take(first, group, level, min(rows, in_time, self._token_rows[first.bucket]))
-        self.busy_until = now + batch.expected_ms
+        self.busy_until = now + batch.expected_ms * self.pace
         return batch, hopeless
 
     def _soonest(self, first: Request, group: _Group) -> float:
@@ -203,11 +208,20 @@ class Scheduler:
         """
         caps = self.costs.caps(first.deadline - first.arrival)[first.highest]
         rows = min(group.rows, caps[first.bucket])
-        return self.costs.ms(first.highest, max(rows, first.rows), first.bucket)
+        return self.costs.ms(first.highest, max(rows, first.rows), first.bucket) * self.pace
 
-    def done(self, now: float) -> None:
-        """The batch that ran has ended, sooner or later than expected."""
+    def done(self, now: float, batch: Batch | None = None, took_ms: float = 0.0) -> None:
+        """A batch has ended, sooner or later than expected: what comes next is expected accordingly.
+
+        The pace is that of about the last `PACE_MS`, so that a machine that others use too, or that runs hot, is not
+        taken for the one that was measured.
+        """
         self.busy_until = self._forward(now)
+        if batch is not None:
+            kept = math.exp(-batch.expected_ms / PACE_MS)
+            self._took, self._expected = self._took * kept + took_ms, self._expected * kept + batch.expected_ms
+            slowest, fastest = PACES
+            self.pace = min(max(self._took / self._expected, slowest), fastest)
 
     def _first(self) -> Request | None:
         heap = self._all

@@ -247,7 +247,7 @@ class Server:
         done = self._clock()
         with self._lock:
             self._running, self._hanging = None, False
-            self.scheduler.done(done)
+            self.scheduler.done(done, batch if rows and error is None else None, done - started)
         first = 0
         for request in requests:
             count = len(request.payload.rows)
