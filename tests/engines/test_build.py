@@ -304,6 +304,7 @@ def command(bundle: Bundle) -> list[str]:
         "onnxruntime",
         "--precision",
         "int8",
+        "--no-calibrate",
         "--json",
     ]
 

@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from variator import machine
 from variator.engines.backends import BACKENDS
+from variator.engines.base import Engine
 from variator.engines.built import LATENCY_FILE, BuiltEngine
+from variator.engines.profiles import Shape
 from variator.errors import EngineError
 from variator.exporters.gate import full_feed
 from variator.files import write_atomically
@@ -203,8 +205,11 @@ def calibrate(
         feed = full_feed(manifest.inputs, manifest.vocabulary, shape)
         return {ratio: runtime.timed_run(ratio, feed) for ratio in runtime.bundle.ratios}
 
+    engines = [runtime.load(ratio) for ratio in runtime.bundle.ratios]
     for length in sorted({min(length, limit) for length in lengths}):
         for batch in batches:
+            if not all(_holds(engine, Shape(batch, length)) for engine in engines):
+                continue
             on_progress(f"latency at {batch} x {length}", 0.0)
             first = measure((batch, length))  # finds nothing ready: does not count
             times[batch, length] = {ratio: [] for ratio in first}
@@ -231,6 +236,10 @@ def calibrate(
     table = LatencyTable(record.backend, record.precision, record.key, measured_on, tuple(points), date)
     write_atomically(runtime.built.directory / LATENCY_FILE, table.to_json())
     return table
+
+
+def _holds(engine: Engine, shape: Shape) -> bool:
+    return not engine.profiles or any(profile.holds(shape) for profile in engine.profiles)
 
 
 def load_table(built: BuiltEngine, threads: int) -> LatencyTable:
