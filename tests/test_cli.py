@@ -273,7 +273,7 @@ def test_serving_and_plugging_import_neither_torch_nor_transformers(
 
 def test_the_help_keeps_its_lines() -> None:
     lines = [line.strip() for line in succeed("--help").splitlines()]
-    for command in ("export", "build", "run", "bench", "train", "eval", "finetune"):
+    for command in ("export", "build", "run", "bench", "replay", "train", "eval", "finetune"):
         assert any(line.startswith(f"variator {command}") for line in lines)
 
 

@@ -113,8 +113,10 @@ class Steps:
         }
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            if (found.get("schema"), found.get("rehearsal")) == (SCHEMA, rehearsed):
-                self.record["steps"] = found["steps"]
+            same = ("schema", "rehearsal", "versions")
+            if any(found.get(name) != self.record[name] for name in same) or _host(found) != _host(self.record):
+                sys.exit(f"error: {path} holds figures of another machine or other versions\nfix: another OUT.json")
+            self.record["steps"] = found["steps"]
 
     def done(self, name: str) -> bool:
         """Whether a step is in the record without an error."""
@@ -133,6 +135,10 @@ class Steps:
         told = self.record["steps"][name]
         print(f"{name}: {told.get('error', 'done')}", file=sys.stderr, flush=True)
         return "done" in told
+
+
+def _host(record: dict[str, Any]) -> tuple[str, str]:
+    return record["machine"]["cpu"], record["machine"]["gpu"]
 
 
 def run_all(plan: Plan, steps: Steps, work: Path) -> None:
@@ -156,7 +162,10 @@ def _measure(model: Model, plan: Plan, steps: Steps, work: Path) -> None:
         for bundle, precisions in ((own, [first, *others]), (shared, [first])):
             for precision in precisions:
                 steps.do(f"{bundle.name}: build {engine} {precision}", partial(_build, bundle, engine, precision, plan))
-    steps.do(f"{model.name}: bench", partial(_bench, model, plan, own, shared))
+    built = tuple(
+        one for one in plan.engines if any(steps.done(f"{own.name}: build {one} {p}") for p in model.precisions)
+    )
+    steps.do(f"{model.name}: bench", partial(_bench, model, replace(plan, engines=built), own, shared))
 
 
 def _tests(plan: Plan) -> str:

@@ -3,9 +3,9 @@
     python tools/loadgen.py BUNDLE OUT.json --scenario server --qps 200 --slo-ms 350 [--policy drain] [--seconds 60]
 
 LoadGen (package mlcommons-loadgen) makes the queries, takes the times and says whether the result is valid; what it
-prints is kept. Scenarios: single-stream (one query after the other), offline (all at once), server (Poisson, p99 within
-the objective). LoadGen knows no query that is given up: one that the scheduler refuses or drops is sent again without an
-objective, and counts as late as it then is.
+prints is kept. Scenarios: single-stream (one query after the other), offline (all at once), server (Poisson, p99
+within the objective). LoadGen knows no query that is given up: one that the scheduler refuses or drops is sent again
+without an objective, and counts as late as it then is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import mlperf_loadgen as lg
 import numpy as np
 
 from variator.bench.record import package_versions, this_machine
+from variator.engines.latency import load_table
 from variator.engines.policies import policy_named
 from variator.engines.runtime import Runtime
 from variator.engines.serving import Server, ServeSettings
@@ -64,6 +65,9 @@ class Judged:
         except DeadlineExceeded:
             self._submit_again(number, index)
             return
+        except VariatorError:
+            self._complete(number, "failed")
+            return
         future.add_done_callback(lambda done: self._done(number, index, done))
 
     def _submit_again(self, number: int, index: int) -> None:
@@ -71,10 +75,14 @@ class Judged:
         self._submit(number, index, UNHURRIED_MS)
 
     def _done(self, number: int, index: int, future: Future[Any]) -> None:
-        if isinstance(future.exception(), DeadlineExceeded):
+        error = future.exception()
+        if isinstance(error, DeadlineExceeded):
             self._submit_again(number, index)
-            return
-        ratio = str(future.result().ratio)
+        else:
+            self._complete(number, "failed" if error else str(future.result().ratio))
+
+    def _complete(self, number: int, ratio: str) -> None:
+        """Whatever came of it: LoadGen waits for every query."""
         self.ratios[ratio] = self.ratios.get(ratio, 0) + 1
         lg.QuerySamplesComplete([lg.QuerySampleResponse(number, 0, 0)])
 
@@ -131,8 +139,7 @@ def main() -> None:
                 list(plain_texts(chosen.texts)[:1024]) if chosen.texts else ["a short text", "a text, a little longer"]
             )
             rows = runtime.tokenise(texts, truncate=True)
-            ratios = tuple(ratio for ratio in runtime.bundle.ratios)
-            policy = policy_named(chosen.policy, ratios)
+            policy = policy_named(chosen.policy, load_table(runtime.built, runtime.threads).ratios)
             slo_ms = chosen.slo_ms if chosen.scenario == "server" else UNHURRIED_MS
             with runtime.serve(ServeSettings(slo_ms=slo_ms, policy=policy, max_queue=1_000_000)) as server:
                 for row in rows[:64]:

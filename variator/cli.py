@@ -31,6 +31,7 @@ the ratio: 1 is the model itself, 2, 4 and 8 save more. The usual way:
   variator build  bundle                                 engines for this machine
   variator run    bundle --text "hello" --ratio 4        try it
   variator bench  bundle --html report.html              what it saves and costs
+  variator replay bundle --trace gamma:16 --slo-ms 350   what it holds under load, at the ratio of the moment
 
 No plugin for your model yet? Train one first, minutes on a CPU, and export with --plugin plugins:
 
@@ -267,6 +268,12 @@ def bench(
     precision: PrecisionOption = None,
 ) -> None:
     """Measure speed, FLOPs, memory, disk and quality of all ratios; one table, one record, one report."""
+    if calibrate and (json_file or html or model or against):
+        raise InputError("--calibrate with other measurements", fix="run `variator bench` twice, with it and without")
+    if precision and not calibrate:
+        raise InputError(
+            "--precision without --calibrate", valid="all that are built are measured", fix="--engine NAME"
+        )
     if calibrate:
         _calibrate(bundle, engine or ["auto"], precision, threads)
         return
@@ -343,7 +350,7 @@ def replay(
     replicas: Annotated[
         int, typer.Option(help="Simulate so many behind a balancer, once one agrees with the replay.", min=1)
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the workload.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report with plots here.")] = None,
 ) -> None:

@@ -63,17 +63,26 @@ def test_priority_goes_before_deadlines() -> None:
     assert run(queue) == [important] and run(queue) == [soon]
 
 
-def test_a_batch_takes_no_longer_than_a_third_of_the_slo_and_not_so_long_that_its_first_is_late() -> None:
+def test_a_batch_is_no_larger_than_is_efficient_and_never_so_long_that_its_first_is_late() -> None:
     queue = scheduler()
     for _ in range(100):
         queue.submit(request(length=64), 0.0)
     batch, _ = queue.next_batch(0.0)
-    assert batch is not None and COSTS.ms(0, batch.rows + 1, batch.requests[0].bucket) > SLO / 3 >= batch.expected_ms
-    waiting = queue.requests
-    batch, hopeless = queue.next_batch(80.0)  # 20 ms are left: fewer rows, and no more are given up than have to be
-    assert batch is not None and 15 < batch.expected_ms <= 20 / 1.05
-    fit = waiting - len(hopeless)
-    assert COSTS.ms(3, fit, 10) <= 20 < COSTS.ms(3, fit + 1, 10)
+    assert batch is not None and batch.expected_ms <= SLO / 3
+    line = COSTS.lines[0][batch.requests[0].bucket]
+    within = [rows for rows in range(1, 65) if line[rows] <= SLO / 3]
+    best = min(line[rows] / rows for rows in within)
+    assert line[batch.rows] / batch.rows <= 1.1 * best < line[batch.rows - 1] / (batch.rows - 1)
+    late, hopeless = queue.next_batch(92.0)  # 8 ms are left: fewer rows
+    assert not hopeless and late is not None and late.rows < batch.rows and late.expected_ms <= 8 / 1.05
+
+
+def test_no_more_are_given_up_than_have_to_be() -> None:
+    queue = scheduler()
+    for _ in range(100):
+        queue.submit(request(length=64), 0.0)
+    batch, hopeless = queue.next_batch(97.0)  # 3 ms are left: two rows at ratio 8, a full batch takes longer
+    assert batch is not None and len(hopeless) == 98 and batch.rows <= 2
 
 
 def test_floors_and_ceilings_are_honoured_whatever_the_policy_says() -> None:
@@ -157,6 +166,42 @@ def test_a_clock_that_jumps_loses_nobody() -> None:
     assert batch is None and len(hopeless) + 5 == 6 and not queue.requests
 
 
+def test_one_run_that_took_forever_is_forgotten() -> None:
+    queue = Scheduler(COSTS, Drain(), 20.0)
+    queue.submit(request(length=64, slo=20.0), 0.0)
+    batch, _ = queue.next_batch(0.0)
+    queue.done(12_000.0, batch, 12_000.0)
+    assert 1.0 < queue.pace < 1.1  # a run of 2 ms counts like 8 ms, not like 12 s
+    for number in range(200):
+        queue.submit(request(length=64, arrival=12_000.0 + number, slo=5000.0), 12_000.0 + number)
+    for _ in range(60):
+        batch, _ = queue.next_batch(12_200.0)
+        if batch is not None:
+            queue.done(12_200.0, batch, 3 * batch.expected_ms)
+    slow = queue.pace
+    assert slow > 1.3 and not queue.requests
+    queue.submit(request(arrival=30_000.0), 30_000.0)  # it has rested since
+    assert queue.pace == pytest.approx(1.0, abs=1e-3)
+
+
+def test_who_waits_for_long_does_not_keep_all_that_came_and_went() -> None:
+    queue = scheduler()
+    queue.submit(request(length=400, slo=3_000_000.0), 0.0)
+    for now in range(3000):
+        one = request(arrival=float(now), priority=1)
+        queue.submit(one, float(now))
+        assert queue.next_batch(float(now))[0] is not None
+    assert queue.requests == 1 and len(queue._all) < 100
+
+
+def test_a_request_of_many_rows_is_counted_with_all_of_them() -> None:
+    for policy in (Drain(), SlackFit()):
+        queue = scheduler(policy)
+        queue.submit(Request(25, 64, 0.0, SLO), 0.0)
+        batch, _ = queue.next_batch(SLO - 30.0)  # 33 ms at ratio 1, 19 at ratio 8
+        assert batch is not None and batch.expected_ms <= 30 and batch.ratio != 1
+
+
 @pytest.mark.parametrize("policy", [Fixed(0), Fixed(3), Drain(), Thresholds(), SlackFit()])
 def test_every_request_leaves_exactly_once(policy: Policy) -> None:
     rng = random.Random(7)
@@ -211,7 +256,7 @@ def chosen(policy: Policy, waiting: int, age: float = 0.0) -> object:
 
 def test_drain_takes_the_lowest_ratio_that_serves_all_that_waits_soon() -> None:
     assert chosen(Drain(), 1) == 1
-    assert [chosen(Drain(), waiting) for waiting in (5, 30, 37, 46, 60, 300)] == [1, 1, 2, 4, 8, 8]
+    assert [chosen(Drain(), waiting) for waiting in (5, 25, 30, 37, 46, 300)] == [1, 1, 2, 4, 8, 8]
     assert chosen(Drain(), 1, age=98.15) == 8 and chosen(Drain(), 1, age=90.0) == 1  # or the head is late
 
 

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from variator.toolkit.bundle import Bundle
 from variator.toolkit.rows import Outputs, Row
 
 LONG = 60_000.0
+Start = Callable[[], None]
+Ran = tuple[Outputs, float]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_auto_answers_like_the_ratio_it_says(runtime: Runtime) -> None:
         ({"slo_ms": 1e12}, "SLO of"),
         ({"min_ratio": 3}, "min_ratio 3"),
         ({"max_ratio": True}, "max_ratio True"),
-        ({"min_ratio": 4, "max_ratio": 2}, "no ratio is left from 4 to 2"),
+        ({"min_ratio": 4, "max_ratio": 2}, "no ratio is left with min_ratio 4, max_ratio 2"),
         ({"min_quality": 2.0}, "quality of 2.0"),
         ({"min_ratio": 2, "min_quality": 0.999}, "no ratio is left"),  # toys have no scores: only 1 is known
         ({"plugin": "other"}, "no plugin 'other'"),
@@ -130,9 +132,9 @@ def test_asyncio_clients_are_served_and_one_that_is_cancelled_leaves_the_queue(
     gate = threading.Event()
     real = Runtime.run_together
 
-    def held(self: Runtime, ratio: object, rows: list[Row]) -> Outputs:
+    def held(self: Runtime, ratio: object, rows: list[Row], on_start: Start) -> Ran:
         gate.wait(20)
-        return real(self, ratio, rows)  # type: ignore[arg-type]
+        return real(self, ratio, rows, on_start)  # type: ignore[arg-type]
 
     async def clients(server: Server) -> list[object]:
         first = asyncio.create_task(server.ainfer(["w1"]))
@@ -159,10 +161,10 @@ def test_asyncio_clients_are_served_and_one_that_is_cancelled_leaves_the_queue(
 def test_an_engine_that_fails_fails_its_own_requests_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Runtime.run_together
 
-    def moody(self: Runtime, ratio: object, rows: list[Row]) -> Outputs:
+    def moody(self: Runtime, ratio: object, rows: list[Row], on_start: Start) -> Ran:
         if any(50 in row.ids for row in rows):
             raise RuntimeError("out of luck")
-        return real(self, ratio, rows)  # type: ignore[arg-type]
+        return real(self, ratio, rows, on_start)  # type: ignore[arg-type]
 
     with runtime.serve(ServeSettings(slo_ms=LONG, policy=Changing())) as server:
         monkeypatch.setattr(Runtime, "run_together", moody)
@@ -180,12 +182,13 @@ def test_a_row_that_is_not_finite_is_an_error_of_its_own_request(
 ) -> None:
     real = Runtime.run_together
 
-    def broken(self: Runtime, ratio: object, rows: list[Row]) -> Outputs:
-        outputs = {name: values.copy() for name, values in real(self, ratio, rows).items()}  # type: ignore[arg-type]
+    def broken(self: Runtime, ratio: object, rows: list[Row], on_start: Start) -> Ran:
+        given, took = real(self, ratio, rows, on_start)  # type: ignore[arg-type]
+        outputs = {name: values.copy() for name, values in given.items()}
         for index, row in enumerate(rows):
             if 50 in row.ids:
                 outputs["embedding"][index, 3] = np.nan
-        return outputs
+        return outputs, took
 
     with runtime.serve(ServeSettings(slo_ms=LONG, policy=Fixed(1))) as server:
         monkeypatch.setattr(Runtime, "run_together", broken)
@@ -204,9 +207,10 @@ def test_an_engine_that_hangs_is_said_to_and_nobody_waits_for_it(
     gate = threading.Event()
     real = Runtime.run_together
 
-    def hanging(self: Runtime, ratio: object, rows: list[Row]) -> Outputs:
+    def hanging(self: Runtime, ratio: object, rows: list[Row], on_start: Start) -> Ran:
+        on_start()
         gate.wait(30)
-        return real(self, ratio, rows)  # type: ignore[arg-type]
+        return real(self, ratio, rows, on_start)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "HANG_MS", 300.0)
     with runtime.serve(ServeSettings(slo_ms=LONG, policy=Fixed(0))) as server:
@@ -235,9 +239,9 @@ def test_an_engine_that_hangs_is_said_to_and_nobody_waits_for_it(
 def test_closing_answers_or_refuses_everybody(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Runtime.run_together
 
-    def slow(self: Runtime, ratio: object, rows: list[Row]) -> Outputs:
+    def slow(self: Runtime, ratio: object, rows: list[Row], on_start: Start) -> Ran:
         time.sleep(0.01)
-        return real(self, ratio, rows)  # type: ignore[arg-type]
+        return real(self, ratio, rows, on_start)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Runtime, "run_together", slow)
     settings = ServeSettings(slo_ms=LONG, max_rows=2)
@@ -272,10 +276,10 @@ def test_a_full_queue_is_overloaded_and_a_cancelled_request_is_not_run(
     seen: list[int] = []
     real = Runtime.run_together
 
-    def held(self: Runtime, ratio: object, rows: list[Row]) -> Outputs:
+    def held(self: Runtime, ratio: object, rows: list[Row], on_start: Start) -> Ran:
         seen.extend(len(row.ids) for row in rows)
         gate.wait(20)
-        return real(self, ratio, rows)  # type: ignore[arg-type]
+        return real(self, ratio, rows, on_start)  # type: ignore[arg-type]
 
     with runtime.serve(ServeSettings(slo_ms=LONG, max_queue=3, policy=Drain())) as server:
         monkeypatch.setattr(Runtime, "run_together", held)
@@ -313,3 +317,58 @@ def test_everybody_who_listens_is_told_what_happened(runtime: Runtime) -> None:
         with pytest.raises(DeadlineExceeded):
             server.submit([[7] * 5], slo_ms=1e-6)
     assert listener.batches == [(2, 13, 16)] and listener.outcomes == ["served", "refused"]
+
+
+def test_a_quality_is_held_by_every_ratio_that_may_answer(runtime: Runtime) -> None:
+    runtime.__dict__["quality"] = {1: 1.0, 2: 0.96, 4: 0.985}
+    with runtime.serve(ServeSettings(slo_ms=LONG, policy=Fixed(1))) as server:
+        assert server.submit(["w1"], min_quality=0.98).result().ratio == 1  # 4 would do, but 2 is between
+    settings = ServeSettings(slo_ms=LONG, ratios=(2, 4))
+    with runtime.serve(settings) as server, pytest.raises(InputError, match=r"min_quality 0\.99"):
+        server.submit(["w1"], min_quality=0.99)
+
+
+def test_policies_and_observers_that_raise_take_nobody_with_them(runtime: Runtime) -> None:
+    class Broken:
+        name = "broken"
+        well = False
+
+        def choose(self, queue: Queue, costs: Costs, now: float) -> tuple[int, int]:
+            if not self.well:
+                raise ValueError("no idea")
+            return 0, 4
+
+    class Deaf:
+        def batch(self, *_: object) -> None:
+            raise RuntimeError("cannot hear")
+
+        outcome = queue = batch
+
+    policy = Broken()
+    with runtime.serve(ServeSettings(slo_ms=LONG, policy=policy)) as server:
+        with pytest.raises(EngineError, match="the policy failed: ValueError: no idea"):
+            server.submit(["w1"]).result(timeout=10)
+        policy.well = True
+        with pytest.warns(UserWarning, match="an observer failed and is told no more: RuntimeError: cannot hear"):
+            server.observe(Deaf())
+            assert server.submit(["w1"]).result(timeout=10).ratio == 1
+            server.submit(["w1"]).result(timeout=10)
+        assert server.submit(["w1"]).result(timeout=10).ratio == 1
+
+
+def test_waiting_for_others_is_no_computing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HANG_MS", 100.0)
+    with runtime.serve(ServeSettings(slo_ms=LONG, policy=Fixed(0))) as server:
+        with runtime._compute_lock:  # somebody's long request at a fixed ratio
+            future = server.submit(["w1"])
+            time.sleep(0.4)
+        result = future.result(timeout=10)
+        assert result.queue_ms > 300 and result.compute_ms < 100 and server.scheduler.pace < 4.0
+
+
+def test_settings_that_make_no_sense_are_refused(runtime: Runtime) -> None:
+    for options in ({"max_rows": 0}, {"max_queue": -1}, {"slo_ms": 0}, {"max_rows": True}):
+        with pytest.raises(InputError):
+            ServeSettings(**options)  # type: ignore[arg-type]
+    with runtime.serve(ServeSettings(slo_ms=LONG)) as server, pytest.raises(InputError, match="arrival at nan"):
+        server.submit(["w1"], arrival_ms=float("nan"))

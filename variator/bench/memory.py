@@ -63,12 +63,13 @@ def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int
     entries: list[Memory] = []
     with contextlib.ExitStack() as stack:
         runtime = stack.enter_context(Runtime.open(bundle, engine, precision))
-        empty, free = pss_bytes(), None if no_gpu() else free_bytes()
-        on_gpu = bool(free) and BACKENDS[engine].device() == gpu().name
+        on_gpu = not no_gpu() and BACKENDS[engine].device() == gpu().name
+        free = free_bytes() if on_gpu else 0  # makes the GPU's context: before anything is counted
+        empty = pss_bytes()
 
         def enter(ratios: list[Key], task: int) -> None:
             gc.collect()
-            taken = free - free_bytes() if on_gpu and free is not None else None
+            taken = free - free_bytes() if on_gpu else None
             layout = bundle.manifest.layout
             entries.append(Memory(engine, precision, ratios, pss_bytes() - empty, layout, task, taken))
 

@@ -106,12 +106,12 @@ def replay(
         limit = bundle.manifest.max_length
         known = _lengths(runtime, settings.texts)
         capacity = capacity_per_s(table, ratios, known, limit, settings.slo_ms)
-        rate = settings.rate or settings.load * capacity
+        rate = settings.load * capacity if settings.rate is None else settings.rate
         load = arrivals(settings.trace, rate, settings.seconds, settings.seed)
         if load.lengths is not None and not settings.texts:
             known = load.lengths
             capacity = capacity_per_s(table, ratios, np.minimum(known, limit), limit, settings.slo_ms)
-            rate = settings.rate or settings.load * capacity
+            rate = settings.load * capacity if settings.rate is None else settings.rate
             load = arrivals(settings.trace, rate, settings.seconds, settings.seed)
             lengths = np.maximum(1, np.minimum(load.lengths if load.lengths is not None else known, limit))
         else:
@@ -135,7 +135,7 @@ def replay(
             )
             if settings.simulated or settings.replicas > 1:
                 on_stage(f"simulating {name}")
-                simulation = replace(simulation, pace=served[-1].pace)
+                simulation = replace(simulation, pace=outcomes.paces())
                 one = simulate(table, _again(policy), load, lengths, simulation)
                 alike = summarise(one, load, ratios, runtime.quality, policy=name, source="simulation")
                 apart = disagreement(served[-1], alike, ratios)
@@ -151,7 +151,7 @@ def replay(
     workload = Workload(
         load.name,
         round(load.rate, 3),
-        round(rate / capacity, 4),
+        round(load.rate / capacity, 4),
         round(float(load.times[-1]), 3),
         len(load.times),
         round(load.peak, 2),
@@ -193,7 +193,7 @@ def _many(
 ) -> Served:
     """The same kind of workload over many replicas."""
     load = arrivals(settings.trace, rate * settings.replicas, settings.seconds, settings.seed)
-    lengths = lengths_like(known, len(load.times), simulation.limit, settings.seed)
+    lengths = np.maximum(1, lengths_like(known, len(load.times), simulation.limit, settings.seed))
     many = replace(simulation, replicas=settings.replicas)
     outcomes = simulate(table, _again(policy), load, lengths, many)
     return summarise(
@@ -259,10 +259,10 @@ class _Tally:
         """See `Observer.batch`."""
         self.outcomes.tokens += tokens
         self.outcomes.padded += padded
-        self.outcomes.busy_ms += compute_ms
-        self.outcomes.expected_ms += batch.expected_ms
-        started = time.perf_counter() - self.began - compute_ms / 1e3
-        self.outcomes.decisions.append((started, batch.level))
+        started = (batch.requests[0].arrival + queue_ms[0]) / 1e3
+        self.outcomes.decisions.append((started - self.began, batch.level))
+        # Until now: whoever answers requests does not run the next batch.
+        self.outcomes.ran(started - self.began, batch.expected_ms, (time.perf_counter() - started) * 1e3)
 
     def outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
         """See `Observer.outcome`."""

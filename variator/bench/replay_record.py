@@ -17,7 +17,7 @@ import numpy as np
 
 from variator.bench.arrivals import Arrivals
 from variator.bench.record import Machine, Model
-from variator.bench.simulate import DROPPED, FAILED, LATE, REFUSED, SERVED, Outcomes
+from variator.bench.simulate import DROPPED, FAILED, LATE, REFUSED, SERVED, UNKNOWN, Outcomes
 from variator.errors import InputError
 from variator.toolkit.plugin_format import Key
 
@@ -35,7 +35,7 @@ class Workload:
 
     Args:
         kind: `poisson`, `gamma:16`, `step` or the trace's name.
-        load: Rate over what ratio 1 alone can serve in full batches, by the latency table.
+        load: The average rate over what ratio 1 alone can serve in full batches, by the latency table.
         peak: Most requests in a second, over the average.
     """
 
@@ -57,13 +57,14 @@ class Served:
 
     Args:
         source: `replay`, or `simulation` on the virtual clock.
-        attainment: Share of all requests that were answered in time, with its 95 % interval (Wilson's).
+        attainment: Share of all requests that were answered in time, with its 95 % interval (Wilson's, as if requests
+            did not depend on one another; in bursts they do, and it is too narrow).
         p50_ms …: Of all that were answered, from the scheduled arrival; late ones, too.
         quality: Mean of what was answered in time, relative to ratio 1; None if it is not known for a ratio.
         mix: Share of what was answered in time by ratio.
         switches: Changes of the ratio from batch to batch.
         back_s: From the end of a step until ratio 1 is steady again; None without a step, or if it never is.
-        pace: What runs took over what the latency table says.
+        pace: What runs took, answers included, over what the latency table says; mean of the seconds.
         padding: Share of the computed tokens that were padding.
         sent_late_ms: p99 of how much later than scheduled requests were really sent; 0 in a simulation.
         memory_bytes: Of the process, after less before.
@@ -187,10 +188,10 @@ def summarise(
         int((found == LATE).sum()),
         int((found == DROPPED).sum()),
         int((found == REFUSED).sum()),
-        int((found == FAILED).sum()),
+        int(((found == FAILED) | (found == UNKNOWN)).sum()),
         sum(a != b for a, b in itertools.pairwise(chosen)),
         _back(outcomes.decisions, load.step),
-        round(outcomes.busy_ms / outcomes.expected_ms, 4) if outcomes.expected_ms else 1.0,
+        round(float(np.mean(paces)), 4) if (paces := outcomes.paces()) else 1.0,
         round(1 - outcomes.tokens / outcomes.padded, 4) if outcomes.padded else 0.0,
         round(sent_late_ms, 3),
         memory_bytes,

@@ -65,8 +65,11 @@ def notes(record: ReplayRecord) -> list[str]:
     for served in record.served:
         if served.back_s is not None:
             found.append(f"{served.policy} ({served.source}): back at ratio 1 {served.back_s:.2f} s after the step.")
-        if served.memory_bytes:
-            found.append(f"{served.policy}: {size(served.memory_bytes)} not given back.")
+        if served.source == "replay":
+            found.append(
+                f"{served.policy}: requests were sent {served.sent_late_ms:.1f} ms late (p99); "
+                f"{size(served.memory_bytes)} of memory not given back."
+            )
     return [*found, *record.notes]
 
 

@@ -27,7 +27,7 @@ SERVED, LATE, DROPPED, REFUSED, FAILED = range(5)
 DONE, DOWN, UP = range(3)
 """Events: a batch has ended, a replica goes, a replica is back."""
 
-OUTCOMES = ("served", "late", "dropped", "refused", "failed")
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class SimulationSettings:
     """What is simulated.
 
     Args:
-        pace: What runs take over what the table says, as a replay measured it.
+        pace: What runs take over what the table says, second by second, as a replay measured it; it begins anew at
+            its end, and none is 1.
         spread: p95 over p50 of a run; latencies vary accordingly (log-normal).
         limit: The model's, tokens.
     """
@@ -55,7 +56,7 @@ class SimulationSettings:
     max_rows: int = 64
     max_queue: int = MAX_QUEUE
     replicas: int = 1
-    pace: float = 1.0
+    pace: tuple[float, ...] = ()
     spread: float = 1.0
     failures: tuple[Failure, ...] = ()
     seed: int = 0
@@ -66,12 +67,13 @@ class Outcomes:
     """What became of every request, in the order of arrival.
 
     Args:
-        outcome: Index into `OUTCOMES`.
+        outcome: `SERVED`, … or `UNKNOWN`.
         level: It was served at; -1 if not.
         latency_ms: From the scheduled arrival to the answer.
         arrival_s: When it came.
         queued_ms: Of those, waiting.
-        busy_ms, expected_ms: All runs together, and what the table says they would take.
+        busy_ms, expected_ms: By second: from the start of a run until the next could start, and what the table says
+            its runs would take.
         tokens, padded: Computed for real tokens, and with padding.
         decisions: (seconds, level) of every batch.
     """
@@ -81,18 +83,33 @@ class Outcomes:
     latency_ms: npt.NDArray[np.float64]
     arrival_s: npt.NDArray[np.float64]
     queued_ms: npt.NDArray[np.float64]
-    busy_ms: float = 0.0
-    expected_ms: float = 0.0
+    busy_ms: dict[int, float] = field(default_factory=dict)
+    expected_ms: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
     padded: int = 0
     decisions: list[tuple[float, int]] = field(default_factory=list)
 
+    def ran(self, started_s: float, expected_ms: float, busy_ms: float) -> None:
+        """Count a run."""
+        second = max(0, int(started_s))
+        self.busy_ms[second] = self.busy_ms.get(second, 0.0) + busy_ms
+        self.expected_ms[second] = self.expected_ms.get(second, 0.0) + expected_ms
+
+    def paces(self) -> tuple[float, ...]:
+        """By second, what runs took over what the table says; the mean where none ran."""
+        mean = sum(self.busy_ms.values()) / max(sum(self.expected_ms.values()), 1e-9)
+        last = max(self.expected_ms, default=-1)
+        return tuple(
+            self.busy_ms[second] / self.expected_ms[second] if self.expected_ms.get(second) else mean
+            for second in range(last + 1)
+        )
+
     @staticmethod
     def of(arrival_s: npt.NDArray[np.float64]) -> Outcomes:
-        """Nothing has become of any yet: failed, until something else is known."""
+        """Nothing has become of any yet."""
         count = len(arrival_s)
         zeros = np.zeros(count)
-        return Outcomes(np.full(count, FAILED, np.int8), np.full(count, -1, np.int8), zeros, arrival_s, zeros.copy())
+        return Outcomes(np.full(count, UNKNOWN, np.int8), np.full(count, -1, np.int8), zeros, arrival_s, zeros.copy())
 
 
 class _Replica:
@@ -146,6 +163,7 @@ class _Simulation:
         self.rng = np.random.default_rng(settings.seed)
         self.sigma = math.log(max(settings.spread, 1.0)) / 1.645  # log-normal: p95 is exp(1.645 sigma) times the median
         self.noise: list[float] = []
+        self.pace = settings.pace or (1.0,)
         # The shortest queue by a heap of (work, replica) that is corrected where it turns out to be stale.
         self.shortest = [(0, index) for index in range(len(replicas))]
 
@@ -196,6 +214,9 @@ class _Simulation:
             return
         replica.work += 1
         heapq.heappush(self.shortest, (replica.work, index))
+        if len(self.shortest) > 8 * len(self.replicas) + 64:  # most of it is of the past
+            self.shortest = [(one.work, place) for place, one in enumerate(self.replicas) if one.up]
+            heapq.heapify(self.shortest)
         if replica.running is None:
             self._start(index, now)
 
@@ -228,11 +249,10 @@ class _Simulation:
         self.found.tokens += tokens
         self.found.padded += longest * batch.rows
         self.found.decisions.append((now / 1e3, batch.level))
-        self.found.expected_ms += batch.expected_ms
         if not self.noise:
             self.noise = np.exp(self.rng.normal(0.0, self.sigma, 4096)).tolist()
-        replica.took = batch.expected_ms * self.noise.pop() * self.settings.pace
-        self.found.busy_ms += replica.took
+        replica.took = batch.expected_ms * self.noise.pop() * self.pace[int(now / 1e3) % len(self.pace)]
+        self.found.ran(now / 1e3, batch.expected_ms, replica.took)
         heapq.heappush(self.events, (now + replica.took, DONE, index, replica.epoch))
 
     def _finish(self, index: int, now: float) -> None:
@@ -247,5 +267,6 @@ class _Simulation:
         heapq.heappush(self.shortest, (replica.work, index))
 
     def _end(self, request: Request, outcome: int, now: float) -> None:
+        assert self.found.outcome[request.payload] == UNKNOWN, "a request has two outcomes"
         self.found.outcome[request.payload] = outcome
         self.found.latency_ms[request.payload] = now - request.arrival

@@ -103,8 +103,15 @@ class Pool:
         if self._spare:
             # Whoever let go of it may have work on a stream of his own that still reads it.
             call("cudaDeviceSynchronize")
-        lent = Lent(self._spare.pop() if self._spare else Buffer(), self)
-        lent.buffer.ensure(count, what)
+        fitting = [buffer for buffer in self._spare if buffer.bytes >= count]
+        buffer = min(fitting, key=lambda one: one.bytes) if fitting else Buffer()
+        if fitting:
+            self._spare.remove(buffer)
+        else:  # larger than ever: what is too small goes
+            while self._spare:
+                self._spare.pop().close()
+        lent = Lent(buffer, self)
+        buffer.ensure(count, what)
         return lent
 
     def take_back(self, buffer: Buffer) -> None:

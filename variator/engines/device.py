@@ -131,9 +131,10 @@ def on_device(tensors: Mapping[str, Any], dtypes: Mapping[str, npt.DTypeLike], s
     """
     if set(tensors) != set(dtypes):
         raise InputError(f"the tensors are {', '.join(sorted(tensors)) or 'none'}", valid=", ".join(sorted(dtypes)))
-    found = {name: _on_device(name, tensor, dtypes[name], stream) for name, tensor in tensors.items()}
+    # In the engine's order: what is kept for addresses that come again knows them by their places.
+    found = {name: _on_device(name, tensors[name], dtype, stream) for name, dtype in dtypes.items()}
     shapes = {array.shape for array in found.values()}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes)):
         sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in found.items())
         raise InputError(f"the shapes are {sizes}", valid="[rows, tokens], the same for all")
     return found
@@ -165,7 +166,7 @@ def _on_device(name: str, tensor: Any, dtype: npt.DTypeLike, stream: int) -> Dev
         if not dense:
             raise InputError(f"{name} is not dense", valid="rows behind one another", fix="tensor.contiguous()")
         # The capsule is kept, not taken: when it goes, so does what its maker lent.
-        found = DeviceArray(inner.data + inner.byte_offset, shape, _numpy(inner.dtype), (capsule, tensor))
+        found = DeviceArray((inner.data or 0) + inner.byte_offset, shape, _numpy(inner.dtype), (capsule, tensor))
     if found.dtype != wanted:
         raise InputError(f"{name} is {found.dtype}", valid=str(wanted), fix="convert it on the device")
     return found

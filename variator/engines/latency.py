@@ -144,6 +144,7 @@ class LatencyTable:
             if data.pop("schema") != SCHEMA:
                 raise EngineError("a latency table of another schema", valid=SCHEMA)
             points = tuple(Point(**point) for point in data.pop("points"))
+            data["machine"] = {str(name): str(value) for name, value in data["machine"].items()}
             return LatencyTable(points=points, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(f"not a latency table: {error}", fix="variator bench BUNDLE --calibrate") from error
@@ -254,7 +255,7 @@ def load_table(built: BuiltEngine, threads: int) -> LatencyTable:
         f"--precision {record.precision}"
     )
     try:
-        table = LatencyTable.from_json(path.read_text(encoding="utf-8"))
+        table = LatencyTable.from_json(path.read_bytes().decode("utf-8", "replace"))
     except OSError:
         raise EngineError(f"no latency was measured for {built.directory}", fix=command) from None
     except EngineError as error:

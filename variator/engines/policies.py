@@ -178,14 +178,15 @@ class SlackFit:
         head = queue.head
         slack, slo = (head.deadline - now) / queue.pace, (head.deadline - head.arrival) / queue.pace
         # Several rows of the queue at once, as many as there are: a larger batch than that does not exist.
-        most = min(queue.waiting, costs.max_rows)
+        least = min(head.rows, costs.max_rows)
+        most = max(least, min(queue.waiting, costs.max_rows))
         lines = [line[head.bucket] for line in costs.lines]
         low = lines[-1][1]
         width = max(slo - low, 1e-9) / self.bins
         best: tuple[int, int, int] | None = None  # latency bin, rows, -level
         for level, line in enumerate(lines):
             rows = most
-            while rows > 1 and line[rows] > slack:
+            while rows > least and line[rows] > slack:
                 rows -= 1
             if line[rows] <= slack:
                 found = (int((line[rows] - low) / width), rows, -level)
@@ -202,7 +203,7 @@ class Drain:
         margin: What a run's measured latency is multiplied by.
     """
 
-    alpha: float = 0.4
+    alpha: float = 0.3
     margin: float = 1.1
     name: str = "drain"
 
@@ -210,14 +211,13 @@ class Drain:
         """See `Policy.choose`."""
         head = queue.head
         slo = head.deadline - head.arrival
-        caps, lines, bucket, waiting = costs.caps(slo), costs.lines, head.bucket, queue.waiting
+        caps, bucket, waiting = costs.caps(slo), head.bucket, queue.waiting
         soon, slack = self.alpha * slo / queue.pace, (head.deadline - now) / (self.margin * queue.pace)
-        last = len(lines) - 1
+        last = len(caps) - 1
         for level in range(last):
             if queue.drain_ms[level] <= soon:
                 cap = caps[level][bucket]
-                rows = cap if cap < waiting else waiting
-                if lines[level][bucket][rows] <= slack:
+                if costs.ms(level, max(head.rows, min(cap, waiting)), bucket) <= slack:
                     return level, cap
         return last, caps[last][bucket]
 

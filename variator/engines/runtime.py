@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +123,7 @@ class Runtime:
         """Never changed in place: whoever reads it once has a consistent view."""
         self._load_lock, self._compute_lock, self._plug_lock, self._closed = Lock(), Lock(), Lock(), False
         self._server: Server | None = None
+        self._servers: WeakSet[Server] = WeakSet()
         self._no_more_servers = False
         self._server_lock = Lock()
         path = inside(bundle.path, "tokenizer.json")
@@ -170,13 +172,19 @@ class Runtime:
     def close(self) -> None:
         """Answer what waits, wait for the running request and give all memory back."""
         with self._server_lock:
-            server, self._server, self._no_more_servers = self._server, None, True
-        if server is not None:
+            servers, self._server, self._no_more_servers = list(self._servers), None, True
+        for server in servers:
             server.close()
-        with self._plug_lock, self._load_lock, self._compute_lock:
-            self._closed, self._plugged, self._own = True, {}, {}
-            while self._graphs:
-                self._graphs.popitem()[1].close()
+        with self._plug_lock, self._load_lock:
+            if not self._compute_lock.acquire(timeout=1.0 if any(one.hanging for one in servers) else -1):
+                self._closed, self._plugged = True, {}
+                raise EngineError("a run does not end: its memory cannot be given back", fix="end this process")
+            try:
+                self._closed, self._plugged, self._own = True, {}, {}
+                while self._graphs:
+                    self._graphs.popitem()[1].close()
+            finally:
+                self._compute_lock.release()
 
     @property
     def engine(self) -> str:
@@ -275,8 +283,8 @@ class Runtime:
         """
         bounds = {"slo_ms": slo_ms, "min_ratio": min_ratio, "max_ratio": max_ratio, "min_quality": min_quality}
         if ratio == AUTO and AUTO not in self._slots(plugin):
-            if plugin != DEFAULT:
-                raise InputError(f"ratio {AUTO!r} with plugin {plugin!r}", valid=f"{AUTO!r} serves {DEFAULT!r}")
+            if not self._is_own(plugin):
+                raise InputError(f"ratio {AUTO!r} with plugin {plugin!r}", valid="the bundle's own plugins")
             return self.server().submit(inputs, truncate=truncate, **bounds).result()  # type: ignore[arg-type]
         given = [name for name, value in bounds.items() if value is not None]
         if given:
@@ -299,11 +307,18 @@ class Runtime:
             compute_ms=compute_ms,
         )
 
-    def _computed(self, slot: Slot, work: Callable[[Engine], Outputs]) -> tuple[Outputs, float, float]:
+    def _is_own(self, plugin: str) -> bool:
+        """Whether a name stands for what the bundle brought."""
+        return plugin == DEFAULT and self._plugged.get(DEFAULT) is self._own
+
+    def _computed(
+        self, slot: Slot, work: Callable[[Engine], Outputs], on_start: Callable[[], None] = lambda: None
+    ) -> tuple[Outputs, float, float]:
         """What an engine gives when its turn comes; ms waited and computed."""
         engine, waiting = slot.engine(self._held), time.perf_counter()
         with self._compute_lock:
             self._check_open()
+            on_start()
             computing = time.perf_counter()
             outputs = work(engine)
             done = time.perf_counter()
@@ -324,28 +339,43 @@ class Runtime:
         compute_ms: float,
     ) -> Result:
         """A request's result."""
-        precision = self._slot(ratio, plugin).engine(self._held).precision
-        expected = self.quality.get(ratio) if plugin == DEFAULT else None
+        precision = self.built.record.precision  # that of all its graphs: `load_engine` sees to it
+        expected = self.quality.get(ratio) if self._is_own(plugin) else None
         times = (tokenise_ms, load_ms, queue_ms, compute_ms)
         return Result(outputs, lengths, ratio, plugin, self.engine, precision, *times, expected)
 
-    def run_together(self, ratio: Key, rows: Sequence[Row]) -> Outputs:
-        """Run rows as one batch, padded to the longest: for whoever has sorted them. Token outputs keep the padding."""
+    def run_together(
+        self, ratio: Key, rows: Sequence[Row], on_start: Callable[[], None] = lambda: None
+    ) -> tuple[Outputs, float]:
+        """Run rows as one batch of the bundle's own plugin, padded to the longest: for whoever has sorted them.
+
+        Args:
+            on_start: Called when its turn has come.
+
+        Returns:
+            Outputs, those of tokens with the padding; and ms in the engine.
+        """
 
         def work(engine: Engine) -> Outputs:
-            longest = max(len(row.ids) for row in rows)
-            most, parts = most_rows(engine.profiles, longest), []
+            longest, parts = max(len(row.ids) for row in rows), []
+            most = min(max(1, TOKENS_PER_RUN // longest), most_rows(engine.profiles, longest))
             for start in range(0, len(rows), most):
                 parts.append(engine.run(self.feed(rows[start : start + most], longest)))
             if len(parts) == 1:
                 return dict(parts[0])
             return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-        return self._computed(self._slot(ratio, DEFAULT), work)[0]
+        outputs, _, compute_ms = self._computed(self._own_slot(ratio), work, on_start)
+        return outputs, compute_ms
+
+    def _own_slot(self, ratio: Key) -> Slot:
+        own = self._own
+        self._check_open()
+        return own[ratio]
 
     def timed_run(self, ratio: Key, feed: Feed) -> float:
-        """ms that a run of the default plugin's engine takes, without waiting for others."""
-        return self._computed(self._slot(ratio, DEFAULT), lambda engine: dict(engine.run(feed)))[2]
+        """ms that a run of the bundle's own plugin takes, without waiting for others."""
+        return self._computed(self._own_slot(ratio), lambda engine: dict(engine.run(feed)))[2]
 
     @cached_property
     def quality(self) -> dict[Key, float]:
@@ -364,19 +394,29 @@ class Runtime:
         Raises:
             EngineError: If no latency was measured for this engine on this machine (`variator bench --calibrate`).
         """
-        from variator.engines.latency import load_table
-        from variator.engines.serving import Server, ServeSettings
+        from variator.engines.serving import ServeSettings
 
-        table = load_table(self.built, self.threads)
-        return Server(self, table, settings or ServeSettings(), self.quality, observers=observers)
+        with self._server_lock:
+            return self._serve(settings or ServeSettings(), observers)
+
+    def _serve(self, settings: ServeSettings, observers: Sequence[Observer] = ()) -> Server:
+        """A server that ends with the runtime. Holds the lock."""
+        from variator.engines.latency import load_table
+        from variator.engines.serving import Server
+
+        if self._no_more_servers:
+            raise EngineError("the runtime is closed", fix="use it inside its `with` block")
+        server = Server(self, load_table(self.built, self.threads), settings, self.quality, observers=observers)
+        self._servers.add(server)
+        return server
 
     def server(self) -> Server:
         """The one that `infer(ratio="auto")` goes through, with default settings; made when it is first needed."""
+        from variator.engines.serving import ServeSettings
+
         with self._server_lock:
-            if self._no_more_servers:
-                self._check_open()
             if self._server is None:
-                self._server = self.serve()
+                self._server = self._serve(ServeSettings())
             return self._server
 
     def tokenise(self, inputs: Sequence[Input], truncate: bool = False) -> list[Row]:

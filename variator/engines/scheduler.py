@@ -13,12 +13,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any
 
 from variator.engines.policies import Costs, Policy
-from variator.errors import DeadlineExceeded, InputError, Overloaded
+from variator.errors import DeadlineExceeded, InputError, Overloaded, VariatorError
 from variator.toolkit.plugin_format import Key
 
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -32,6 +32,9 @@ PACE_MS, PACES = 1000.0, (0.5, 4.0)
 
 MAX_SLO_MS = 3_600_000.0
 MAX_QUEUE = 10_000
+SLACK = 64
+"""Entries of requests that have left which a queue may hold beside as many as wait."""
+
 MAX_TOKENS = 16_384
 """Rows x length of one batch."""
 
@@ -80,6 +83,14 @@ class Batch:
 Entry = tuple[int, float, int, Request]
 
 
+class PolicyError(VariatorError):
+    """A policy that raised. `given_up` has left the queue, all others still wait."""
+
+    def __init__(self, what: str, given_up: list[Request]) -> None:
+        self.given_up = given_up
+        super().__init__(what)
+
+
 class _Group:
     """Requests of one bucket and priority."""
 
@@ -109,6 +120,7 @@ class Scheduler:
         self.busy_until = -math.inf
         self.pace = 1.0
         self._took = self._expected = PACE_MS
+        self._rested = -math.inf
         self._shares = costs.shares(slo_ms)
         self._groups: dict[tuple[int, int], _Group] = {}
         self._all: list[Entry] = []
@@ -126,6 +138,7 @@ class Scheduler:
             Overloaded: If the queue is full.
         """
         now = self._forward(now)
+        self._rest(now)
         if not 1 <= request.length <= self.costs.buckets[-1]:
             raise InputError(f"a row of {request.length} tokens", valid=f"1 to {self.costs.buckets[-1]}")
         last = len(self.drain_ms) - 1
@@ -171,6 +184,16 @@ class Scheduler:
             self.drain_ms[:] = [0.0] * len(drain)
         if not group.rows:
             del self._groups[request.priority, bucket]
+        if len(self._all) > 2 * self.requests + SLACK:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Throw out what has left: one who may wait for an hour must not keep all that came and went before him."""
+        self._all = [entry for entry in self._all if entry[3].waiting]
+        heapify(self._all)
+        for group in self._groups.values():
+            group.heap = [entry for entry in group.heap if entry[3].waiting]
+            heapify(group.heap)
 
     def discard(self, request: Request) -> bool:
         """Take a request out; whether it was still waiting."""
@@ -193,8 +216,13 @@ class Scheduler:
         else:
             return None, hopeless
         self.head, self.waiting = first, group.rows
-        level, rows = self.policy.choose(self, self.costs, now)
-        level = min(max(level, first.lowest), first.highest)
+        try:
+            chosen, rows = map(int, self.policy.choose(self, self.costs, now))
+        except Exception as error:  # whatever a policy raises
+            raise PolicyError(f"the policy failed: {type(error).__name__}: {error}", hopeless) from error
+        level = min(max(chosen, first.lowest), first.highest)
+        if level != chosen:
+            rows = min(rows, self.costs.caps(first.deadline - first.arrival)[level][first.bucket])
         in_time = bisect_right(self.costs.lines[level][first.bucket], (first.deadline - now) / (MARGIN * self.pace)) - 1
         batch = self._take(first, group, level, min(rows, in_time, self._token_rows[first.bucket]))
         self.busy_until = now + batch.expected_ms * self.pace
@@ -218,10 +246,17 @@ class Scheduler:
         """
         self.busy_until = self._forward(now)
         if batch is not None:
-            kept = math.exp(-batch.expected_ms / PACE_MS)
-            self._took, self._expected = self._took * kept + took_ms, self._expected * kept + batch.expected_ms
-            slowest, fastest = PACES
-            self.pace = min(max(self._took / self._expected, slowest), fastest)
+            kept, (least, most) = math.exp(-batch.expected_ms / PACE_MS), PACES
+            took = min(max(took_ms, least * batch.expected_ms), most * batch.expected_ms)
+            self._took, self._expected = self._took * kept + took, self._expected * kept + batch.expected_ms
+            self.pace = self._took / self._expected
+
+    def _rest(self, now: float) -> None:
+        """Time in which nothing ran tells nothing: the pace goes back to the table's."""
+        idle = now - max(self._rested, self.busy_until)
+        if idle > 0 and not self.requests:
+            self.pace = 1 + (self.pace - 1) * math.exp(-idle / PACE_MS)
+            self._took, self._rested = self.pace * self._expected, now
 
     def _first(self) -> Request | None:
         heap = self._all

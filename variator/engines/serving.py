@@ -1,8 +1,8 @@
 """Serving under an objective: a queue, one worker that runs batches at the ratio of the moment, answers as futures.
 
 `Runtime.infer(..., ratio="auto")` goes through here. One worker per runtime, because an engine has one device and all
-of its threads; a second thread answers what has become too late while the engine is busy, so that nobody waits for an
-answer much longer than his deadline, whatever the engine does.
+of its threads; a second thread answers what has become too late while the engine is busy, so that nobody waits in the
+queue much longer than his deadline, whatever the engine does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -20,7 +21,15 @@ import numpy as np
 
 from variator.engines.latency import LatencyTable
 from variator.engines.policies import Costs, Drain, Policy
-from variator.engines.scheduler import MAX_QUEUE, Batch, Request, Scheduler, buckets_up_to, check_slo
+from variator.engines.scheduler import (
+    MAX_QUEUE,
+    Batch,
+    PolicyError,
+    Request,
+    Scheduler,
+    buckets_up_to,
+    check_slo,
+)
 from variator.errors import DeadlineExceeded, EngineError, InputError, VariatorError
 from variator.toolkit.plugin_format import Key
 from variator.toolkit.rows import Input, Outputs, Row, place
@@ -59,6 +68,13 @@ class ServeSettings:
     max_rows: int = 64
     policy: Policy | None = None
     ratios: tuple[Key, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_slo(self.slo_ms)
+        for name in ("max_queue", "max_rows"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}", valid="a whole number, 1 or more")
 
 
 class Observer(Protocol):
@@ -109,7 +125,8 @@ class Server:
         self._work_is_there, self._something_runs = Condition(self._lock), Condition(self._lock)
         self._running: Batch | None = None
         self._running_since = 0.0
-        self._hanging = self._watching_nothing = False
+        self.hanging = self._watching_nothing = False
+        """Whether the engine has not come back from a run that was given up."""
         self._closing = self._closed = False
         for ratio in self.ratios:  # so that no request waits for a ratio to load
             runtime.load(ratio)
@@ -160,20 +177,25 @@ class Server:
         rows = self._runtime.tokenise(inputs, truncate)
         now = self._clock()
         arrival = started if arrival_ms is None else arrival_ms
+        if not math.isfinite(arrival):
+            raise InputError(f"an arrival at {arrival_ms!r} ms", valid="a finite number on the server's clock")
         future: Future[Result] = Future()
         payload = _Payload(future, rows, started, now - started)
         longest = max(len(row.ids) for row in rows)
         request = Request(len(rows), longest, arrival, arrival + slo_ms, priority, lowest, highest, payload)
         with self._lock:
-            if self._closing or self._hanging:
-                raise EngineError("the engine does not answer" if self._hanging else "the server is closed")
+            if self._closing or self.hanging:
+                raise EngineError("the engine does not answer" if self.hanging else "the server is closed")
             try:
                 self.scheduler.submit(request, now)
-            except VariatorError:
-                self._tell_outcome("refused", None, now - arrival)
-                raise
+                refused = None
+            except VariatorError as error:
+                refused = error
             if self.scheduler.requests == 1:  # else the worker is on its way
                 self._work_is_there.notify()
+        if refused is not None:  # told without the lock: whoever listens may take his time
+            self._tell_outcome("refused", None, now - arrival)
+            raise refused
         future.add_done_callback(lambda done: self._cancelled(request) if done.cancelled() else None)
         return future
 
@@ -194,11 +216,11 @@ class Server:
         if min_quality is not None:
             if not isinstance(min_quality, int | float) or not 0 <= min_quality <= 1:
                 raise InputError(f"a quality of {min_quality!r}", valid="0 to 1, relative to ratio 1")
-            while high > 0 and self.quality.get(self.ratios[high], -math.inf) < min_quality:
-                high -= 1
+            good = [self.quality.get(ratio, -math.inf) >= min_quality for ratio in self.ratios]
+            high = next((level - 1 for level in range(low, high + 1) if not good[level]), high)
         if low > high:
             raise InputError(
-                f"no ratio is left from {self.ratios[low]} to {self.ratios[high]}",
+                f"no ratio is left with min_ratio {min_ratio}, max_ratio {max_ratio} and min_quality {min_quality}",
                 valid=", ".join(map(str, self.ratios)),
                 fix="lower min_ratio, raise max_ratio, or ask for less quality",
             )
@@ -218,51 +240,84 @@ class Server:
     def _work(self) -> None:
         """The worker: batch after batch until the server is closed and nothing waits."""
         while True:
+            batch: Batch | None = None
+            lost: list[tuple[Request, VariatorError]] = []
             with self._lock:
                 while not self.scheduler.requests and not self._closing:
                     self._work_is_there.wait()
                 if not self.scheduler.requests:
                     return
-                batch, hopeless = self.scheduler.next_batch(self._clock())
-                self._running, self._running_since = batch, self._clock()
+                try:
+                    batch, hopeless = self.scheduler.next_batch(self._clock())
+                except PolicyError as error:
+                    hopeless = error.given_up
+                    lost = [(request, error) for request in self.scheduler.drain()]
+                self._running, self._running_since = batch, math.inf
                 waiting = self.scheduler.requests
                 if batch is not None and self._watching_nothing:
                     self._something_runs.notify()
+            self._tell_waiting(waiting)
             for request in hopeless:
                 self._give_up(request)
+            for request, why in lost:
+                self._fail(request, EngineError(why.what))
             if batch is not None:
-                self._serve(batch)
-            for observer in self._observers:
-                observer.queue(waiting)
+                try:
+                    self._serve(batch)
+                except Exception as error:  # noqa: BLE001 - a fault of ours: this batch's requests are told, serving goes on
+                    for request in batch.requests:
+                        self._fail(request, EngineError(f"serving failed: {type(error).__name__}: {error}"))
 
     def _serve(self, batch: Batch) -> None:
         """Run a batch and answer each of its requests once; one that fails takes no other with it."""
-        requests = [request for request in batch.requests if request.payload.future.set_running_or_notify_cancel()]
-        started, error, outputs = self._clock(), None, {}
-        rows = [row for request in requests for row in request.payload.rows]
+        requests = [request for request in batch.requests if self._begins(request)]
+        payloads: list[_Payload] = [request.payload for request in requests]
+        error: VariatorError | None = None
+        outputs: Outputs = {}
+        compute_ms = 0.0
+        rows = [row for payload in payloads for row in payload.rows]
         try:
-            outputs = self._runtime.run_together(batch.ratio, rows) if rows else {}
+            if rows:
+                outputs, compute_ms = self._runtime.run_together(batch.ratio, rows, self._starts)
         except Exception as raised:  # noqa: BLE001 - whatever an engine raises is the answer of this batch's requests
             error = raised if isinstance(raised, VariatorError) else EngineError(f"the engine failed: {raised}")
         done = self._clock()
         with self._lock:
-            self._running, self._hanging = None, False
-            self.scheduler.done(done, batch if rows and error is None else None, done - started)
+            whole = len(requests) == len(batch.requests) and error is None
+            self._running, self.hanging = None, False
+            self.scheduler.done(done, batch if whole else None, compute_ms)
         first = 0
-        for request in requests:
-            count = len(request.payload.rows)
-            self._answer(request, batch, outputs, slice(first, first + count), (started, done), error)
-            first += count
-        if requests and error is None:
+        for request, payload in zip(requests, payloads, strict=True):
+            part = slice(first, first + len(payload.rows))
+            self._answer(request, payload, batch, outputs, part, (done - compute_ms, done), error)
+            first = part.stop
+        if rows and error is None:
             longest = max(len(row.ids) for row in rows)
             tokens = sum(len(row.ids) for row in rows)
-            queued = [started - request.arrival for request in requests]
-            for observer in self._observers:
-                observer.batch(batch, queued, done - started, tokens, longest * len(rows))
+            queued = [done - compute_ms - request.arrival for request in requests]
+            self._tell(lambda observer: observer.batch(batch, queued, compute_ms, tokens, longest * len(rows)))
+
+    def _begins(self, request: Request) -> bool:
+        """Whether a request still wants an answer."""
+        payload: _Payload | None = request.payload
+        if payload is None:
+            return False
+        try:
+            wanted = payload.future.set_running_or_notify_cancel()
+        except (InvalidStateError, RuntimeError):  # answered already: the server was closed in a hurry
+            return False
+        if not wanted:
+            self._tell_outcome("cancelled", None, self._clock() - request.arrival)
+        return wanted
+
+    def _starts(self) -> None:
+        """The run's turn has come: from now on it may hang."""
+        self._running_since = self._clock()
 
     def _answer(
         self,
         request: Request,
+        payload: _Payload,
         batch: Batch,
         outputs: Outputs,
         part: slice,
@@ -270,36 +325,52 @@ class Server:
         error: VariatorError | None,
     ) -> None:
         """Settle one request's future, unless the watcher has done so."""
+        done = times[1]
+        try:
+            result = error or self._result(request, payload, batch, outputs, part, times)
+        except Exception as raised:  # noqa: BLE001 - one request's answer must not take the worker with it
+            result = raised if isinstance(raised, VariatorError) else EngineError(f"no answer could be made: {raised}")
+        outcome = "failed" if isinstance(result, VariatorError) else "late" if done > request.deadline else "served"
+        if self._settle(request, payload.future, result):
+            self._tell_outcome(outcome, batch.ratio, done - request.arrival)
+
+    def _result(
+        self,
+        request: Request,
+        payload: _Payload,
+        batch: Batch,
+        outputs: Outputs,
+        part: slice,
+        times: tuple[float, float],
+    ) -> Result:
+        """What one request of a batch gets."""
         started, done = times
-        payload: _Payload = request.payload
         lengths = [len(row.ids) for row in payload.rows]
         own: Outputs = {}
         for name, values in outputs.items():
             if not np.isfinite(values[part]).all():
-                error = EngineError(
-                    f"the engine's {name} at ratio {batch.ratio} is not finite", fix="use another ratio"
-                )
-            else:
-                place(own, name, values[part], range(len(lengths)), lengths)
-        late = done > request.deadline
-        outcome = "failed" if error else "late" if late else "served"
+                raise EngineError(f"the engine's {name} at ratio {batch.ratio} is not finite", fix="use another ratio")
+            place(own, name, values[part], range(len(lengths)), lengths)
+        return self._runtime.result(
+            own,
+            lengths,
+            batch.ratio,
+            tokenise_ms=payload.tokenise_ms,
+            queue_ms=max(0.0, started - request.arrival),
+            compute_ms=done - started,
+        )
+
+    def _settle(self, request: Request, future: Future[Result], result: Result | VariatorError) -> bool:
+        """Answer once; whether this was it. What the request held goes: its future keeps it alive by a callback."""
         try:
-            if error:
-                payload.future.set_exception(error)
+            if isinstance(result, VariatorError):
+                future.set_exception(result)
             else:
-                payload.future.set_result(
-                    self._runtime.result(
-                        own,
-                        lengths,
-                        batch.ratio,
-                        tokenise_ms=payload.tokenise_ms,
-                        queue_ms=max(0.0, started - request.arrival),
-                        compute_ms=done - started,
-                    )
-                )
-        except InvalidStateError:  # the watcher has given it up meanwhile
-            return
-        self._tell_outcome(outcome, batch.ratio, done - request.arrival)
+                future.set_result(result)
+        except InvalidStateError:  # somebody else was first
+            return False
+        request.payload = None
+        return True
 
     def _give_up(self, request: Request) -> None:
         """Answer a request that no ratio is fast enough for any more."""
@@ -324,8 +395,8 @@ class Server:
                     self._watching_nothing = False
                     continue
                 limit = self._running_since + max(HANG_MS, HANG_FACTOR * running.expected_ms)
-                if now > limit and not self._hanging:
-                    self._hanging = True
+                if now > limit and not self.hanging:
+                    self.hanging = True
                     lost = [*running.requests, *self.scheduler.drain()]
                 else:
                     late = self.scheduler.overdue(now)
@@ -333,20 +404,29 @@ class Server:
                 self._give_up(request)
             for request in lost:
                 self._fail(
-                    request, EngineError("the engine does not answer", fix="close the runtime and open it again")
+                    request, EngineError("the engine does not answer", fix="wait until it does, or end this process")
                 )
             time.sleep(WATCH_S)
 
     def _fail(self, request: Request, error: VariatorError, outcome: str = "failed") -> None:
-        try:
-            request.payload.future.set_exception(error)
-        except InvalidStateError:
-            return
-        self._tell_outcome(outcome, None, self._clock() - request.arrival)
+        payload: _Payload | None = request.payload
+        if payload is not None and self._settle(request, payload.future, error):
+            self._tell_outcome(outcome, None, self._clock() - request.arrival)
 
     def _tell_outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
+        self._tell(lambda observer: observer.outcome(outcome, ratio, latency_ms))
+
+    def _tell_waiting(self, requests: int) -> None:
+        self._tell(lambda observer: observer.queue(requests))
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        """Everybody who listens; one that raises is not told again, and serving goes on."""
         for observer in self._observers:
-            observer.outcome(outcome, ratio, latency_ms)
+            try:
+                what(observer)
+            except Exception as error:  # noqa: BLE001 - whatever an observer raises
+                self._observers = [one for one in self._observers if one is not observer]
+                warnings.warn(f"an observer failed and is told no more: {type(error).__name__}: {error}", stacklevel=2)
 
     def close(self, drain: bool = True, timeout_s: float = 60.0) -> None:
         """Take no more requests; answer those that wait, or refuse them (`drain=False`). Every one is answered.
@@ -360,7 +440,7 @@ class Server:
             self._work_is_there.notify_all()
         for request in left:
             self._refuse(request)
-        self._worker.join(timeout_s)
+        self._worker.join(1.0 if self.hanging else timeout_s)
         with self._lock:
             left = self.scheduler.drain()
             running = self._running.requests if self._running is not None else []
