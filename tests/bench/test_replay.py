@@ -216,7 +216,7 @@ def test_a_replay_counts_every_request_from_when_it_was_due(place: Path, tmp_pat
     assert record.workload.rate == pytest.approx(50, rel=0.5) and record.workload.longest_tokens == 61
     page = replay_report.html(record)
     assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
-    assert replay_report.markdown([record]).count("\n") == 2 + len(record.served)
+    assert replay_report.markdown([record]).count("\n") == 2 + len(real)
 
 
 def test_a_simulation_that_does_not_agree_is_not_shown(place: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html as html_module
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -83,15 +85,24 @@ def show(record: ReplayRecord, console: Console) -> None:
     console.print(Text(title(record), style="bold"), table, *(Text(note, style="dim") for note in notes(record)))
 
 
-def markdown(records: Sequence[ReplayRecord]) -> str:
-    """One table of several workloads."""
-    lines = [[_short(record), *row] for record in records for row in rows(record)]
-    return markdown_table(("workload", *COLUMNS), lines, LABELS + 1)
+SHORT = ("policy", "in time", "quality", "p50 ms", "p99 ms", "ratios of the answers", "late", "given up", "refused")
+
+
+def markdown(records: Sequence[ReplayRecord], source: str = "replay") -> str:
+    """One table of several workloads: what was replayed, or what was simulated of it."""
+    lines = []
+    for record in records:
+        for served, row in zip(record.served, rows(record), strict=True):
+            if served.source == source:
+                cells = dict(zip(COLUMNS, row, strict=True))
+                lines.append([_short(record), *(cells[column] for column in SHORT)])
+    return markdown_table(("workload", *SHORT), lines, LABELS + 1)
 
 
 def _short(record: ReplayRecord) -> str:
     load = record.workload
-    return f"{load.kind}, load {load.load:.2f}"
+    kind = load.kind if not Path(load.kind).suffixes else Path(load.kind).name.split(".")[0]
+    return f"{kind}, {load.rate:.0f}/s, load {load.load:.2f}"
 
 
 def picture(record: ReplayRecord, policy: str) -> str:
@@ -144,3 +155,7 @@ def html(record: ReplayRecord) -> str:
         f"<h1>{html_module.escape(record.workload.kind)}</h1><p>{html_module.escape(title(record))}</p>"
         f"<table><tr>{head}</tr>{cells}</table>{remarks}{pictures}</html>\n"
     )
+
+
+if __name__ == "__main__":
+    print(markdown([ReplayRecord.from_json(Path(place).read_text(encoding="utf-8")) for place in sys.argv[1:]]))
