@@ -81,7 +81,7 @@ settings: $(CLEAN)/.ready
 # nothing else. Lengths of requests are those of LENGTHS, real questions with their sentences.
 LENGTHS ?= $(firstword $(wildcard $(DATA)/qnli/dev.jsonl.gz))
 TRACE ?= $(firstword $(wildcard $(DATA)/traces/*.csv.gz))
-LOADS := calm:poisson:0.45 poisson:poisson:1.05 gamma4:gamma^4:1.05 gamma16:gamma^16:0.85 step:step:0.5 $(if $(TRACE),azure:$(TRACE):1.0)
+LOADS := calm:poisson:0.45 poisson:poisson:1.25 gamma4:gamma^4:1.25 gamma16:gamma^16:1.05 step:step:0.5 $(if $(TRACE),azure:$(TRACE):1.0)
 replay: $(VENV)/.ready
 	test -d $(OUT)/minilm || $(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm
 	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32 --no-calibrate
@@ -94,7 +94,7 @@ replay: $(VENV)/.ready
 # What deciding costs, the highest rate that is held, and a soak with every answer compared; then LoadGen's verdict.
 limits: $(VENV)/.ready
 	$(BIN)/python -m tools.serving_limits $(OUT)/minilm $(OUT)/serving-limits.json --engine onnxruntime --precision fp32 \
-		$(LENGTHS:%=--texts %) --soak 120
+		$(LENGTHS:%=--texts %) --soak 90 --rate-seconds 8
 	for policy in drain "fixed(1)"; do $(BIN)/python -m tools.loadgen $(OUT)/minilm "$(OUT)/loadgen-$$policy.json" --policy "$$policy" \
 		--engine onnxruntime --precision fp32 $(LENGTHS:%=--texts %) --scenario server --qps 280 --slo-ms 350 --seconds 30 || exit 1; done
 

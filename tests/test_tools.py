@@ -7,16 +7,21 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tools import front
+from tools import front, serving_limits
 from variator.bench.record import Record
 from variator.engines.backends import BACKENDS
 from variator.engines.build import build
 from variator.engines.gpu import no_gpu
+from variator.engines.latency import calibrate
+from variator.engines.runtime import Runtime
 from variator.toolkit.bundle import Bundle
+from variator.toolkit.plugin_format import Key
+from variator.toolkit.rows import Outputs, Row
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,3 +118,47 @@ def test_the_gpu_bench_is_rehearsed_step_by_step_and_goes_on(tmp_path: Path) -> 
     out.write_text(json.dumps(record))
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "tests: done" in again.stderr and "bench" not in again.stderr
+
+
+@pytest.fixture(scope="module")
+def calibrated(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with an engine whose latency was measured."""
+    path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("tools") / "bundle")
+    build(path, "onnxruntime", "fp32")
+    with Runtime.open(path, "onnxruntime", "fp32") as opened:
+        calibrate(opened, runs=3, batches=(1, 4, 16), lengths=(8, 64, 150))
+    return path
+
+
+@pytest.mark.parametrize("scenario", ["single-stream", "server"])
+def test_loadgen_judges_a_server(calibrated: Path, tmp_path: Path, scenario: str) -> None:
+    pytest.importorskip("mlperf_loadgen")
+    out = tmp_path / "out.json"
+    options = ["--scenario", scenario, "--seconds", "1", "--qps", "100", "--slo-ms", "2000", "--policy", "fixed(4)"]
+    command = [sys.executable, "-m", "tools.loadgen", str(calibrated), str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert (
+        record["loadgen"]["Result is"] in ("VALID", "INVALID") and "99.00 percentile latency (ns)" in record["loadgen"]
+    )
+    assert set(record["ratios"]) == {"4"} and record["ratios"]["4"] >= 100
+
+
+def test_a_soak_compares_every_answer_and_limits_are_measured(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Runtime.open(calibrated, "onnxruntime", "fp32") as runtime:
+        rows = runtime.tokenise(["w1 w2", "w3 w4 w5", "w6"])
+        found = serving_limits.soak(runtime, rows, 2000.0, 1.5, 100.0, lambda step: None)
+        assert found["sent"] == found["answered"] > 50 and found["lost"] == found["wrong"] == found["failed"] == 0
+        real = runtime.run_together
+
+        def swapped(ratio: Key, rows: Sequence[Row], on_start: Callable[[], None]) -> tuple[Outputs, float]:
+            outputs, took = real(ratio, rows, on_start)
+            return {name: values * 1.01 for name, values in outputs.items()}, took
+
+        monkeypatch.setattr(runtime, "run_together", swapped)
+        assert serving_limits.soak(runtime, rows, 2000.0, 0.5, 100.0, lambda step: None)["wrong"] > 10
+        monkeypatch.undo()
+        assert 0.01 < serving_limits.throughput(runtime, rounds=2, batches=2)["relative"] < 2
