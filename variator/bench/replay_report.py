@@ -127,7 +127,7 @@ def picture(record: ReplayRecord, policy: str) -> str:
         shares = [[row["mix"].get(ratio, 0.0) for row in served.by_second] for ratio in ratios]
         axes.stackplot(seconds, shares, labels=[f"ratio {ratio}" for ratio in ratios], colors=SERIES, step="post")
         axes.set(ylabel="answers by ratio", xlabel="seconds", ylim=(0, 1))
-        axes.legend(loc="lower left", ncols=len(ratios))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(ratios))
 
     name = f"{record.workload.kind} through {policy}"
     with style():
