@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,10 @@ import numpy as np
 import torch
 import transformers
 
+from variator.engines.build import build
+from variator.engines.built import LATENCY_FILE
+from variator.engines.latency import calibrate
+from variator.engines.runtime import Runtime
 from variator.exporters.export import ExportSettings, export
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone, load_backbone
@@ -161,3 +166,20 @@ def named(backbone: Backbone, named_plugins: Path, tmp_path_factory: pytest.Temp
     """The tiny embedder with ratio 4 and every kind of setting, exported; its gate has passed."""
     place = tmp_path_factory.mktemp("bundles") / "named"
     return export(backbone, place, ExportSettings((4, *(config.name for config in SETTINGS)), named_plugins))
+
+
+@pytest.fixture(scope="session")
+def calibrated(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with an ONNX Runtime engine and a table of its latency; not to be changed."""
+    path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("calibrated") / "bundle")
+    build(path, "onnxruntime", "fp32")
+    with Runtime.open(path, "onnxruntime", "fp32") as opened:
+        table = calibrate(opened, runs=3, batches=(1, 4, 16), lengths=(8, 64, 150))
+        # Machine and key are real, times are made up: a toy's ratios all take the same, in the order of chance.
+        points = [
+            replace(point, p50_ms=time, p95_ms=1.2 * time)
+            for point in table.points
+            for time in [(0.3 + 0.001 * point.batch * point.length) / (1 + 0.1 * int(point.ratio))]
+        ]
+        (opened.built.directory / LATENCY_FILE).write_text(replace(table, points=tuple(points)).to_json())
+    return path

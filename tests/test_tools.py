@@ -17,7 +17,6 @@ from variator.bench.record import Record
 from variator.engines.backends import BACKENDS
 from variator.engines.build import build
 from variator.engines.gpu import no_gpu
-from variator.engines.latency import calibrate
 from variator.engines.runtime import Runtime
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.plugin_format import Key
@@ -118,16 +117,6 @@ def test_the_gpu_bench_is_rehearsed_step_by_step_and_goes_on(tmp_path: Path) -> 
     out.write_text(json.dumps(record))
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "tests: done" in again.stderr and "bench" not in again.stderr
-
-
-@pytest.fixture(scope="module")
-def calibrated(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with an engine whose latency was measured."""
-    path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("tools") / "bundle")
-    build(path, "onnxruntime", "fp32")
-    with Runtime.open(path, "onnxruntime", "fp32") as opened:
-        calibrate(opened, runs=3, batches=(1, 4, 16), lengths=(8, 64, 150))
-    return path
 
 
 @pytest.mark.parametrize("scenario", ["single-stream", "server"])

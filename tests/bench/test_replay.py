@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +29,8 @@ from variator.bench.simulate import (
     SimulationSettings,
     simulate,
 )
-from variator.engines.build import build
-from variator.engines.latency import calibrate
 from variator.engines.policies import Drain, Fixed
-from variator.engines.runtime import Runtime
 from variator.errors import CorpusError, InputError
-from variator.toolkit.bundle import Bundle
 
 RATIOS = (1, 2, 4, 8)
 SLO = 200.0
@@ -190,22 +185,13 @@ def test_wilsons_interval() -> None:
     assert wilson(100, 100)[1] == 1.0
 
 
-@pytest.fixture(scope="module")
-def place(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("replay") / "bundle")
-    build(path, "onnxruntime", "fp32")
-    with Runtime.open(path, "onnxruntime", "fp32") as opened:
-        calibrate(opened, runs=3, batches=(1, 4, 16), lengths=(8, 64, 150))
-    return path
-
-
-def test_a_replay_counts_every_request_from_when_it_was_due(place: Path, tmp_path: Path) -> None:
+def test_a_replay_counts_every_request_from_when_it_was_due(calibrated: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": " ".join(["w1"] * length)}) for length in range(1, 60)))
     settings = ReplaySettings(
         "poisson", ("drain", "fixed(4)"), 500.0, 50.0, seconds=2.0, texts=(texts,), simulated=True
     )
-    record = replay(place, settings)
+    record = replay(calibrated, settings)
     assert ReplayRecord.from_json(record.to_json()) == record
     real = [one for one in record.served if one.source == "replay"]
     assert [one.policy for one in real] == ["drain", "fixed(4)"] and real[1].mix["4"] == 1.0
@@ -219,7 +205,7 @@ def test_a_replay_counts_every_request_from_when_it_was_due(place: Path, tmp_pat
     assert replay_report.markdown([record]).count("\n") == 2 + len(real)
 
 
-def test_a_simulation_that_does_not_agree_is_not_shown(place: Path) -> None:
+def test_a_simulation_that_does_not_agree_is_not_shown(calibrated: Path) -> None:
     load = arrivals("poisson", rate(1.3), 20)
     quality = dict.fromkeys(RATIOS, 1.0)
     one, two = (
@@ -240,8 +226,8 @@ def test_a_simulation_that_does_not_agree_is_not_shown(place: Path) -> None:
         (["--precision", "int8"], "variator build"),
     ],
 )
-def test_what_cannot_be_replayed_is_told(place: Path, options: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "variator", "replay", str(place), "--seconds", "1", *options]
+def test_what_cannot_be_replayed_is_told(calibrated: Path, options: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "variator", "replay", str(calibrated), "--seconds", "1", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(message, done.stderr)

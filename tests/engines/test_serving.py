@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +13,10 @@ import numpy as np
 import pytest
 
 from variator.engines import serving as module
-from variator.engines.build import build
-from variator.engines.latency import calibrate
 from variator.engines.policies import Costs, Drain, Fixed, Queue
 from variator.engines.runtime import Result, Runtime
 from variator.engines.serving import Server, ServeSettings
 from variator.errors import DeadlineExceeded, EngineError, InputError, Overloaded
-from variator.toolkit.bundle import Bundle
 from variator.toolkit.rows import Outputs, Row
 
 LONG = 60_000.0
@@ -28,19 +24,9 @@ Start = Callable[[], None]
 Ran = tuple[Outputs, float]
 
 
-@pytest.fixture(scope="module")
-def place(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with an engine whose latency was measured."""
-    path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("serving") / "bundle")
-    build(path, "onnxruntime", "fp32")
-    with Runtime.open(path, "onnxruntime", "fp32") as opened:
-        calibrate(opened, runs=3, batches=(1, 4, 16), lengths=(8, 64, 150))
-    return path
-
-
 @pytest.fixture
-def runtime(place: Path) -> Iterator[Runtime]:
-    with Runtime.open(place, "onnxruntime", "fp32") as opened:
+def runtime(calibrated: Path) -> Iterator[Runtime]:
+    with Runtime.open(calibrated, "onnxruntime", "fp32") as opened:
         yield opened
 
 
@@ -259,8 +245,8 @@ def test_closing_answers_or_refuses_everybody(runtime: Runtime, monkeypatch: pyt
     assert 30 < len(refused) <= 40 and all("closed before" in str(future.exception()) for future in refused)
 
 
-def test_closing_the_runtime_closes_its_server(place: Path) -> None:
-    with Runtime.open(place, "onnxruntime", "fp32") as runtime:
+def test_closing_the_runtime_closes_its_server(calibrated: Path) -> None:
+    with Runtime.open(calibrated, "onnxruntime", "fp32") as runtime:
         runtime.infer(["w1"], ratio="auto", slo_ms=LONG)
         server = runtime.server()
     with pytest.raises(EngineError, match="closed"):
