@@ -110,7 +110,7 @@ def test_a_bad_trace_is_told_with_the_line(tmp_path: Path, text: str, message: s
 def simulated(policy: object, load: Arrivals, **options: object) -> Outcomes:
     settings = SimulationSettings(SLO, RATIOS, 512, **options)  # type: ignore[arg-type]
     lengths = lengths_like(KNOWN, len(load.times), 512)
-    return simulate(made_up(), lambda ratios: policy, load, lengths, settings)  # type: ignore[arg-type, return-value]
+    return simulate(made_up(), policy, load, lengths, settings)  # type: ignore[arg-type, return-value]
 
 
 def rate(share: float) -> float:

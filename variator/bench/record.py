@@ -17,7 +17,7 @@ from typing import Any
 from variator import machine
 from variator.engines.gpu import gpu, no_gpu
 from variator.errors import InputError
-from variator.toolkit.bundle import PER_RATIO
+from variator.toolkit.bundle import PER_RATIO, Bundle
 from variator.toolkit.plugin_format import Key
 
 SCHEMA = "variator.bench/1"
@@ -85,6 +85,12 @@ class Model:
     parameters: int
     real: bool
     bundle: str
+
+
+def model_of(bundle: Bundle) -> Model:
+    """A bundle's."""
+    m = bundle.manifest
+    return Model(m.model, m.family, m.task, m.hidden_size, m.layers, m.parameters, m.real, str(bundle.path))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from variator.bench.arrivals import Arrivals, arrivals, lengths_like
 from variator.bench.memory import pss_bytes
 from variator.bench.quality import sentences
-from variator.bench.record import Model, package_versions, this_machine
+from variator.bench.record import model_of, package_versions, this_machine
 from variator.bench.replay_record import ReplayRecord, Served, Workload, summarise
 from variator.bench.simulate import (
     DROPPED,
@@ -103,19 +103,8 @@ def replay(
         table = load_table(runtime.built, runtime.threads)
         ratios = tuple(ratio for ratio in table.ratios if ratio in bundle.ratios)
         policies = {name: policy_named(name, ratios) for name in settings.policies}
-        limit = bundle.manifest.max_length
-        known = _lengths(runtime, settings.texts)
-        capacity = capacity_per_s(table, ratios, known, limit, settings.slo_ms)
-        rate = settings.load * capacity if settings.rate is None else settings.rate
-        load = arrivals(settings.trace, rate, settings.seconds, settings.seed)
-        if load.lengths is not None and not settings.texts:
-            known = load.lengths
-            capacity = capacity_per_s(table, ratios, np.minimum(known, limit), limit, settings.slo_ms)
-            rate = settings.load * capacity if settings.rate is None else settings.rate
-            load = arrivals(settings.trace, rate, settings.seconds, settings.seed)
-            lengths = np.maximum(1, np.minimum(load.lengths if load.lengths is not None else known, limit))
-        else:
-            lengths = lengths_like(known, len(load.times), limit, settings.seed)
+        sent = _sent(runtime, table, ratios, settings)
+        load, lengths, limit = sent.load, sent.lengths, bundle.manifest.max_length
         served = []
         simulation = SimulationSettings(settings.slo_ms, ratios, limit, spread=table.spread(), seed=settings.seed)
         for name, policy in policies.items():
@@ -136,7 +125,7 @@ def replay(
             if settings.simulated or settings.replicas > 1:
                 on_stage(f"simulating {name}")
                 simulation = replace(simulation, pace=outcomes.paces())
-                one = simulate(table, _again(policy), load, lengths, simulation)
+                one = simulate(table, policy, load, lengths, simulation)
                 alike = summarise(one, load, ratios, runtime.quality, policy=name, source="simulation")
                 apart = disagreement(served[-1], alike, ratios)
                 if apart:
@@ -144,25 +133,12 @@ def replay(
                     continue
                 served.append(alike)
                 if settings.replicas > 1:
-                    served.append(_many(table, policy, settings, rate, known, simulation, ratios, runtime, name))
-        model = _model(bundle)
+                    served.append(_many(table, policy, settings, sent, simulation, ratios, runtime, name))
         engine, precision = runtime.engine, runtime.built.record.precision
         quality = {str(ratio): value for ratio, value in runtime.quality.items() if ratio in ratios}
-    workload = Workload(
-        load.name,
-        round(load.rate, 3),
-        round(load.rate / capacity, 4),
-        round(float(load.times[-1]), 3),
-        len(load.times),
-        round(load.peak, 2),
-        round(float(lengths.mean()), 2),
-        int(lengths.max()),
-        settings.seed,
-        load.step,
-    )
     return ReplayRecord(
         this_machine(),
-        model,
+        model_of(bundle),
         command,
         package_versions(),
         engine,
@@ -170,32 +146,74 @@ def replay(
         settings.slo_ms,
         table.date,
         quality,
-        workload,
+        _workload(sent, settings),
         served,
         notes,
     )
 
 
-def _again(policy: Policy) -> Callable[[Sequence[Key]], Policy]:
-    return lambda ratios: policy
+@dataclass(frozen=True)
+class _Sent:
+    """What is sent: when, how long; all lengths that are known, requests per second, and what ratio 1 can serve."""
+
+    load: Arrivals
+    lengths: npt.NDArray[np.int64]
+    known: npt.NDArray[np.int64]
+    rate: float
+    capacity: float
+
+
+def _sent(runtime: Runtime, table: LatencyTable, ratios: Sequence[Key], settings: ReplaySettings) -> _Sent:
+    """The workload of some settings."""
+    limit = runtime.bundle.manifest.max_length
+
+    def paced(known: npt.NDArray[np.int64]) -> tuple[Arrivals, float, float]:
+        capacity = capacity_per_s(table, ratios, np.minimum(known, limit), limit, settings.slo_ms)
+        rate = settings.load * capacity if settings.rate is None else settings.rate
+        return arrivals(settings.trace, rate, settings.seconds, settings.seed), rate, capacity
+
+    known = _lengths(runtime, settings.texts)
+    load, rate, capacity = paced(known)
+    if load.lengths is None or settings.texts:
+        return _Sent(load, lengths_like(known, len(load.times), limit, settings.seed), known, rate, capacity)
+    known = load.lengths
+    load, rate, capacity = paced(known)
+    own = load.lengths if load.lengths is not None else known
+    return _Sent(load, np.maximum(1, np.minimum(own, limit)), known, rate, capacity)
+
+
+def _workload(sent: _Sent, settings: ReplaySettings) -> Workload:
+    """For the record."""
+    load = sent.load
+    return Workload(
+        load.name,
+        round(load.rate, 3),
+        round(load.rate / sent.capacity, 4),
+        round(float(load.times[-1]), 3),
+        len(load.times),
+        round(load.peak, 2),
+        round(float(sent.lengths.mean()), 2),
+        int(sent.lengths.max()),
+        settings.seed,
+        load.step,
+    )
 
 
 def _many(
     table: LatencyTable,
     policy: Policy,
     settings: ReplaySettings,
-    rate: float,
-    known: npt.NDArray[np.int64],
+    sent: _Sent,
     simulation: SimulationSettings,
     ratios: tuple[Key, ...],
     runtime: Runtime,
     name: str,
 ) -> Served:
     """The same kind of workload over many replicas."""
-    load = arrivals(settings.trace, rate * settings.replicas, settings.seconds, settings.seed)
-    lengths = np.maximum(1, lengths_like(known, len(load.times), simulation.limit, settings.seed))
+    load = arrivals(settings.trace, sent.rate * settings.replicas, settings.seconds, settings.seed)
+    lengths = np.maximum(1, lengths_like(sent.known, len(load.times), simulation.limit, settings.seed))
     many = replace(simulation, replicas=settings.replicas)
-    outcomes = simulate(table, _again(policy), load, lengths, many)
+    outcomes = simulate(table, policy, load, lengths, many)
     return summarise(
         outcomes,
         load,
@@ -244,16 +262,11 @@ def _lengths(runtime: Runtime, texts: Sequence[Path]) -> npt.NDArray[np.int64]:
     return np.array([len(row.ids) for row in rows], np.int64)
 
 
-def _model(bundle: Bundle) -> Model:
-    m = bundle.manifest
-    return Model(m.model, m.family, m.task, m.hidden_size, m.layers, m.parameters, m.real, str(bundle.path))
-
-
 class _Tally:
     """An observer of a server: what batches were made of."""
 
-    def __init__(self, outcomes: Outcomes, levels: Sequence[Key], began: float) -> None:
-        self.outcomes, self.levels, self.began = outcomes, list(levels), began
+    def __init__(self, outcomes: Outcomes, began: float) -> None:
+        self.outcomes, self.began = outcomes, began
 
     def batch(self, batch: Batch, queue_ms: Sequence[float], compute_ms: float, tokens: int, padded: int) -> None:
         """See `Observer.batch`."""
@@ -292,7 +305,7 @@ def replay_once(
         gc.collect()
         before = pss_bytes()
         began = time.perf_counter() + SETTLE_S
-        server.observe(_Tally(outcomes, server.ratios, began))
+        server.observe(_Tally(outcomes, began))
         late = _send(server, requests, load.times.tolist(), began, outcomes)
     gc.collect()
     return outcomes, float(np.percentile(late, 99)), pss_bytes() - before

@@ -21,12 +21,12 @@ from variator.bench.record import (
     Flops,
     LayoutResult,
     Memory,
-    Model,
     Plugging,
     Plugin,
     Quality,
     Record,
     Result,
+    model_of,
     package_versions,
     this_machine,
 )
@@ -139,7 +139,7 @@ def bench(
         quality, more = _quality(bundle, runtimes, ratios, peers, pairs, on_stage) if settings.quality else ([], [])
     return Record(
         machine=this_machine(),
-        model=_model(bundle),
+        model=model_of(bundle),
         command=command,
         versions=package_versions(),
         plugins=_plugins(bundle, ratios),
@@ -434,11 +434,6 @@ def _batched(encode: Encode) -> Encode:
 def _padded_feed(runtime: Runtime, texts: Sequence[Input]) -> Feed:
     rows = runtime.tokenise(list(texts), truncate=True)
     return runtime.feed(rows, max(len(row.ids) for row in rows))
-
-
-def _model(bundle: Bundle) -> Model:
-    m = bundle.manifest
-    return Model(m.model, m.family, m.task, m.hidden_size, m.layers, m.parameters, m.real, str(bundle.path))
 
 
 def _plugins(bundle: Bundle, ratios: Sequence[Key]) -> list[Plugin]:

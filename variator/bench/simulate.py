@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,7 +125,7 @@ class _Replica:
 
 def simulate(
     table: LatencyTable,
-    policy: Callable[[Sequence[Key]], Policy],
+    policy: Policy,
     load: Arrivals,
     lengths: npt.NDArray[np.int64],
     settings: SimulationSettings,
@@ -134,15 +133,14 @@ def simulate(
     """Serve a workload, one row per request.
 
     Args:
-        policy: Made for the ratios, slowest first; one for each replica.
+        policy: The same for all replicas: it has no memory.
         lengths: Tokens of each request.
     """
     if settings.replicas < 1:
         raise InputError(f"{settings.replicas} replicas", valid="at least one")
     costs = Costs(table, settings.ratios, buckets_up_to(settings.limit), settings.max_rows)
     replicas = [
-        _Replica(Scheduler(costs, policy(costs.ratios), settings.slo_ms, settings.max_queue))
-        for _ in range(settings.replicas)
+        _Replica(Scheduler(costs, policy, settings.slo_ms, settings.max_queue)) for _ in range(settings.replicas)
     ]
     return _Simulation(costs, replicas, load, lengths, settings).run()
 

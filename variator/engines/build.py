@@ -24,7 +24,7 @@ from variator.engines.built import (
     read_record,
     remove_stale,
 )
-from variator.engines.profiles import Shape
+from variator.engines.profiles import Shape, hold
 from variator.errors import EngineError
 from variator.exporters.gate import Case, compare, full_feed, gate_head, load_cases, reshaped
 from variator.files import directory_written_whole, disk_errors, inside, write_atomically
@@ -180,7 +180,7 @@ def _fitting(cases: Sequence[Case], engine: Engine) -> Sequence[Case]:
 def _probe_feed(bundle: Bundle, engine: Engine) -> Feed:
     """What an engine is timed with: `PROBE_SHAPE`, or the first optimum where its profiles do not hold that."""
     shape = Shape(PROBE_SHAPE[0], min(PROBE_SHAPE[1], bundle.manifest.max_length))
-    if engine.profiles and not any(profile.holds(shape) for profile in engine.profiles):
+    if not hold(engine.profiles, shape):
         shape = engine.profiles[0].optimum
     return full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (shape.batch, shape.length))
 

@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from variator import machine
 from variator.engines.backends import BACKENDS
-from variator.engines.base import Engine
 from variator.engines.built import LATENCY_FILE, BuiltEngine
-from variator.engines.profiles import Shape
+from variator.engines.profiles import Shape, hold
 from variator.errors import EngineError
 from variator.exporters.gate import full_feed
 from variator.files import write_atomically
@@ -120,8 +119,7 @@ class LatencyTable:
         Raises:
             KeyError: For a ratio that was not measured.
         """
-        line = self.line(ratio, length)
-        return line[rows] if rows <= MAX_ROWS else line[MAX_ROWS] / MAX_ROWS * rows
+        return of_rows(self.line(ratio, length), rows)
 
     def spread(self) -> float:
         """Typical p95 over p50."""
@@ -148,6 +146,11 @@ class LatencyTable:
             return LatencyTable(points=points, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(f"not a latency table: {error}", fix="variator bench BUNDLE --calibrate") from error
+
+
+def of_rows(line: Sequence[float], rows: int) -> float:
+    """ms of a number of rows, from those of 0 to `MAX_ROWS`; beyond in proportion."""
+    return line[rows] if rows <= MAX_ROWS else line[MAX_ROWS] / MAX_ROWS * rows
 
 
 def _grid(points: Sequence[Point]) -> tuple[list[int], list[int], npt.NDArray[np.float64]]:
@@ -209,7 +212,7 @@ def calibrate(
     engines = [runtime.load(ratio) for ratio in runtime.bundle.ratios]
     for length in sorted({min(length, limit) for length in lengths}):
         for batch in batches:
-            if not all(_holds(engine, Shape(batch, length)) for engine in engines):
+            if not all(hold(engine.profiles, Shape(batch, length)) for engine in engines):
                 continue
             on_progress(f"latency at {batch} x {length}", 0.0)
             first = measure((batch, length))  # finds nothing ready: does not count
@@ -237,10 +240,6 @@ def calibrate(
     table = LatencyTable(record.backend, record.precision, record.key, measured_on, tuple(points), date)
     write_atomically(runtime.built.directory / LATENCY_FILE, table.to_json())
     return table
-
-
-def _holds(engine: Engine, shape: Shape) -> bool:
-    return not engine.profiles or any(profile.holds(shape) for profile in engine.profiles)
 
 
 def load_table(built: BuiltEngine, threads: int) -> LatencyTable:

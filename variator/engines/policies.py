@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from variator.engines.latency import MAX_ROWS, LatencyTable
+from variator.engines.latency import MAX_ROWS, LatencyTable, of_rows
 from variator.errors import InputError
 from variator.toolkit.plugin_format import Key
 
@@ -76,8 +76,7 @@ class Costs:
 
     def ms(self, level: int, rows: int, bucket: int) -> float:
         """A run's latency."""
-        line = self.lines[level][bucket]
-        return line[rows] if rows <= MAX_ROWS else line[MAX_ROWS] / MAX_ROWS * rows
+        return of_rows(self.lines[level][bucket], rows)
 
 
 def _cap(line: Sequence[float], slo_ms: float) -> int:

@@ -106,6 +106,11 @@ def most_rows(profiles: Sequence[ShapeProfile], length: int) -> int:
     return max(held, default=sys.maxsize)
 
 
+def hold(profiles: Sequence[ShapeProfile], shape: Shape) -> bool:
+    """Whether an engine with these profiles takes a shape; without any it takes every one."""
+    return not profiles or any(profile.holds(shape) for profile in profiles)
+
+
 def tightest(profiles: Sequence[ShapeProfile], batch: int, length: int) -> int:
     """Index of the smallest profile that holds a shape.
 
