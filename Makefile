@@ -81,7 +81,7 @@ settings: $(CLEAN)/.ready
 # nothing else. Lengths of requests are those of LENGTHS, real questions with their sentences.
 LENGTHS ?= $(firstword $(wildcard $(DATA)/qnli/dev.jsonl.gz))
 TRACE ?= $(firstword $(wildcard $(DATA)/traces/*.csv.gz))
-LOADS := calm:poisson:0.45 poisson:poisson:1.25 gamma4:gamma^4:1.25 gamma16:gamma^16:1.05 step:step:0.5 $(if $(TRACE),azure:$(TRACE):1.0)
+LOADS := calm:poisson:0.45 poisson:poisson:1.2 gamma4:gamma^4:1.2 gamma16:gamma^16:1.05 step:step:0.5 $(if $(TRACE),azure:$(TRACE):1.0)
 replay: $(VENV)/.ready
 	test -d $(OUT)/minilm || $(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm
 	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32 --no-calibrate

@@ -72,7 +72,7 @@ def decisions(server: Server, slo_ms: float) -> dict[str, Any]:
     return found
 
 
-def throughput(runtime: Runtime, rounds: int = 11, batches: int = 6) -> dict[str, Any]:
+def throughput(runtime: Runtime, rounds: int = 15, batches: int = 10) -> dict[str, Any]:
     """Rows per second through the queue over straight through the engine, at ratio 1."""
     manifest = runtime.bundle.manifest
     row = Row(full_feed(manifest.inputs, manifest.vocabulary, (1, LENGTH))["input_ids"][0].tolist(), [0] * LENGTH)

@@ -202,7 +202,7 @@ class Drain:
         margin: What a run's measured latency is multiplied by.
     """
 
-    alpha: float = 0.3
+    alpha: float = 0.4
     margin: float = 1.1
     name: str = "drain"
 

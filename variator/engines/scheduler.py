@@ -126,6 +126,7 @@ class Scheduler:
         self._all: list[Entry] = []
         self._numbers = count()
         self._now = -math.inf
+        self._earliest = math.inf
         self._bucket_of = _bucket_of(costs.buckets)
         self._token_rows = [max(1, MAX_TOKENS // length) for length in costs.buckets]
 
@@ -168,6 +169,7 @@ class Scheduler:
         heappush(group.heap, entry)
         heappush(self._all, entry)
         request.waiting = True
+        self._earliest = min(self._earliest, request.deadline)
         self._count(request, group, 1)
 
     def _count(self, request: Request, group: _Group, sign: int) -> None:
@@ -294,14 +296,14 @@ class Scheduler:
     def overdue(self, now: float) -> list[Request]:
         """Take out whose deadline has passed: nobody waits for an answer any more. For when the engine is busy."""
         now = self._forward(now)
-        late = [entry[3] for entry in self._all if entry[3].waiting and entry[3].deadline < now]
+        if now <= self._earliest:  # asked many times a second, with thousands in the queue
+            return []
+        waiting = [entry[3] for entry in self._all if entry[3].waiting]
+        late = [request for request in waiting if request.deadline < now]
+        self._earliest = min((one.deadline for one in waiting if one.deadline >= now), default=math.inf)
         for request in late:
             self.discard(request)
         return late
-
-    def next_deadline(self) -> float | None:
-        """Of whatever waits, the earliest; None if nothing does."""
-        return min((entry[1] for entry in self._all if entry[3].waiting), default=None)
 
     def drain(self) -> list[Request]:
         """Take everything out."""

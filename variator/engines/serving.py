@@ -282,6 +282,8 @@ class Server:
         except Exception as raised:  # noqa: BLE001 - whatever an engine raises is the answer of this batch's requests
             error = raised if isinstance(raised, VariatorError) else EngineError(f"the engine failed: {raised}")
         done = self._clock()
+        # Of the whole batch at once; row by row only where one is not.
+        broken = [name for name, values in outputs.items() if not np.isfinite(values).all()]
         with self._lock:
             whole = len(requests) == len(batch.requests) and error is None
             self._running, self.hanging = None, False
@@ -289,7 +291,8 @@ class Server:
         first = 0
         for request, payload in zip(requests, payloads, strict=True):
             part = slice(first, first + len(payload.rows))
-            self._answer(request, payload, batch, outputs, part, (done - compute_ms, done), error)
+            own = error or _not_finite({name: outputs[name][part] for name in broken}, batch.ratio)
+            self._answer(request, payload, batch, outputs, part, (done - compute_ms, done), own)
             first = part.stop
         if rows and error is None:
             longest = max(len(row.ids) for row in rows)
@@ -348,8 +351,6 @@ class Server:
         lengths = [len(row.ids) for row in payload.rows]
         own: Outputs = {}
         for name, values in outputs.items():
-            if not np.isfinite(values[part]).all():
-                raise EngineError(f"the engine's {name} at ratio {batch.ratio} is not finite", fix="use another ratio")
             place(own, name, values[part], range(len(lengths)), lengths)
         return self._runtime.result(
             own,
@@ -452,3 +453,11 @@ class Server:
 
     def _refuse(self, request: Request) -> None:
         self._fail(request, EngineError("the server was closed before this request was served"))
+
+
+def _not_finite(outputs: Outputs, ratio: Key) -> EngineError | None:
+    """The answer to a request whose part of a batch holds infinities or no numbers."""
+    for name, values in outputs.items():
+        if not np.isfinite(values).all():
+            return EngineError(f"the engine's {name} at ratio {ratio} is not finite", fix="use another ratio")
+    return None
