@@ -77,18 +77,19 @@ settings: $(CLEAN)/.ready
 	$(BIN)/variator bench $(OUT)/settings-bundle --shapes 1x128,8x128,32x64,8x256 $(if $(STSB),--stsb $(STSB)) \
 		--json $(OUT)/settings.json
 
-# The runtime that follows the load, against ratio 1 and simpler policies: a quarter of an hour on a machine that does
-# nothing else. Lengths of requests are those of LENGTHS, real questions with their sentences.
+# The runtime that follows the load, against ratio 1 and simpler policies, three times in turn: half an hour on a machine
+# that does nothing else. Lengths of requests are those of LENGTHS, real questions with their sentences.
 LENGTHS ?= $(firstword $(wildcard $(DATA)/qnli/dev.jsonl.gz))
 TRACE ?= $(firstword $(wildcard $(DATA)/traces/*.csv.gz))
-LOADS := calm:poisson:0.45 poisson:poisson:1.2 gamma4:gamma^4:1.2 gamma16:gamma^16:1.05 step:step:0.5 $(if $(TRACE),azure:$(TRACE):1.0)
+LOADS := calm:poisson:0.45:15 poisson:poisson:1.15:15 gamma4:gamma^4:1.15:15 gamma16:gamma^16:0.95:15 bursts:gamma^400:0.3:15 step:step:0.5:24 \
+	$(if $(TRACE),azure:$(TRACE):1.0:15)
 replay: $(VENV)/.ready
 	test -d $(OUT)/minilm || $(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm
 	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32 --no-calibrate
 	$(BIN)/variator bench $(OUT)/minilm --calibrate --engine onnxruntime --precision fp32
-	for load in $(LOADS); do IFS=: read name trace share <<< "$$load"; \
+	for load in $(LOADS); do IFS=: read name trace share seconds <<< "$$load"; \
 		$(BIN)/variator replay $(OUT)/minilm --engine onnxruntime --precision fp32 --trace "$${trace/^/:}" --load $$share \
-			--slo-ms 350 --seconds 30 $(LENGTHS:%=--texts %) --simulate --policy drain --policy thresholds --policy slackfit \
+			--slo-ms 350 --seconds $$seconds --rounds 3 $(LENGTHS:%=--texts %) --simulate --policy drain --policy thresholds --policy slackfit \
 			--policy "fixed(1)" --json $(OUT)/replay-$$name.json --html $(OUT)/replay-$$name.html || exit 1; done
 
 # What deciding costs, the highest rate that is held, and a soak with every answer compared; then LoadGen's verdict.

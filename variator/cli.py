@@ -346,6 +346,7 @@ def replay(
     engine: EngineOption = "auto",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 0,
+    rounds: Annotated[int, typer.Option(help="Runs of every policy, in turn; the median one counts.", min=1)] = 1,
     simulate: Annotated[bool, typer.Option("--simulate", help="Also on a virtual clock, beside the replay.")] = False,
     replicas: Annotated[
         int, typer.Option(help="Simulate so many behind a balancer, once one agrees with the replay.", min=1)
@@ -377,6 +378,7 @@ def replay(
         seed,
         simulate,
         replicas,
+        rounds,
     )
     with stages() as on_stage:
         record = verb(bundle, settings, _command_line(), on_stage)

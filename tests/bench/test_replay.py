@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from tests.engines.tables import made_up
 from variator.bench import replay_report
 from variator.bench.arrivals import Arrivals, arrivals, lengths_like, read_trace
-from variator.bench.replay import ReplaySettings, capacity_per_s, disagreement, replay
+from variator.bench.replay import ReplaySettings, capacity_per_s, disagreement, median_run, replay
 from variator.bench.replay_record import ReplayRecord, summarise, wilson
 from variator.bench.simulate import (
     DROPPED,
@@ -203,6 +204,25 @@ def test_a_replay_counts_every_request_from_when_it_was_due(calibrated: Path, tm
     page = replay_report.html(record)
     assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
     assert replay_report.markdown([record]).count("\n") == 2 + len(real)
+
+
+def test_of_several_runs_the_median_is_kept_and_all_are_told(calibrated: Path) -> None:
+    load = arrivals("poisson", rate(1.1), 5)
+    runs = []
+    for seed in range(3):
+        outcomes = simulated(Fixed(0), load, seed=seed, spread=1.3)
+        runs.append((outcomes, summarise(outcomes, load, RATIOS, {}, policy="p", source="replay")))
+    runs = [
+        (outcomes, replace(row, attainment=share)) for (outcomes, row), share in zip(runs, (0.7, 0.9, 0.8), strict=True)
+    ]
+    outcomes, row = median_run(runs)
+    assert outcomes is runs[2][0] and row.attainment == 0.8
+    assert row.rounds == [(0.7, None), (0.9, None), (0.8, None)]
+    record = replay(calibrated, ReplaySettings("poisson", ("drain",), 500.0, 40.0, seconds=0.5, rounds=2))
+    assert len(record.served[0].rounds) == 2 and ReplayRecord.from_json(record.to_json()) == record
+    assert " to " in replay_report.rows(record)[0][-1]
+    with pytest.raises(InputError, match="0 rounds"):
+        replay(calibrated, ReplaySettings(rounds=0))
 
 
 def test_a_simulation_that_does_not_agree_is_not_shown(calibrated: Path) -> None:

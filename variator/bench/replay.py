@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +62,7 @@ class ReplaySettings:
         rate: Requests per second; None takes `load`.
         load: Rate as a share of what ratio 1 can serve in full batches, by the latency table.
         texts: Files of texts whose lengths requests have; without them a trace's own, else those of the package's.
+        rounds: Times that every policy is replayed, in turn with the others; the run of median attainment is kept.
         replicas: Above 1: simulated with so many, at the load of one times their number, after one was validated.
     """
 
@@ -78,6 +79,7 @@ class ReplaySettings:
     seed: int = 0
     simulated: bool = False
     replicas: int = 1
+    rounds: int = 1
 
 
 def replay(
@@ -97,6 +99,8 @@ def replay(
         raise InputError("no policy to replay", valid="drain, slackfit, thresholds, fixed(4)")
     if settings.replicas < 1:
         raise InputError(f"{settings.replicas} replicas", valid="1 or more; more than 1 are simulated")
+    if settings.rounds < 1:
+        raise InputError(f"{settings.rounds} rounds", valid="1 or more")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     notes: list[str] = []
     with Runtime.open(bundle, settings.engine, settings.precision, settings.threads) as runtime:
@@ -107,24 +111,12 @@ def replay(
         load, lengths, limit = sent.load, sent.lengths, bundle.manifest.max_length
         served = []
         simulation = SimulationSettings(settings.slo_ms, ratios, limit, spread=table.spread(), seed=settings.seed)
-        for name, policy in policies.items():
-            on_stage(f"{len(load.times)} requests in {load.times[-1]:.0f} s through {name}")
-            outcomes, sent_late, grown = replay_once(runtime, policy, load, lengths, settings.slo_ms, settings.seed)
-            served.append(
-                summarise(
-                    outcomes,
-                    load,
-                    ratios,
-                    runtime.quality,
-                    policy=name,
-                    source="replay",
-                    sent_late_ms=sent_late,
-                    memory_bytes=grown,
-                )
-            )
+        for name, (outcomes, row) in _replayed(runtime, policies, sent, ratios, settings, on_stage).items():
+            served.append(row)
             if settings.simulated or settings.replicas > 1:
                 on_stage(f"simulating {name}")
                 simulation = replace(simulation, pace=outcomes.paces())
+                policy = policies[name]
                 one = simulate(table, policy, load, lengths, simulation)
                 alike = summarise(one, load, ratios, runtime.quality, policy=name, source="simulation")
                 apart = disagreement(served[-1], alike, ratios)
@@ -150,6 +142,42 @@ def replay(
         served,
         notes,
     )
+
+
+def _replayed(
+    runtime: Runtime,
+    policies: Mapping[str, Policy],
+    sent: _Sent,
+    ratios: tuple[Key, ...],
+    settings: ReplaySettings,
+    on_stage: Callable[[str], None],
+) -> dict[str, tuple[Outcomes, Served]]:
+    """Every policy's run, of several the one of median attainment: a machine is not as fast at all times."""
+    load, found = sent.load, {name: list[tuple[Outcomes, Served]]() for name in policies}
+    for turn in range(settings.rounds):
+        for name, policy in policies.items():
+            which = f", {turn + 1} of {settings.rounds}" if settings.rounds > 1 else ""
+            on_stage(f"{len(load.times)} requests in {load.times[-1]:.0f} s through {name}{which}")
+            outcomes, late, grown = replay_once(runtime, policy, load, sent.lengths, settings.slo_ms, settings.seed)
+            row = summarise(
+                outcomes,
+                load,
+                ratios,
+                runtime.quality,
+                policy=name,
+                source="replay",
+                sent_late_ms=late,
+                memory_bytes=grown,
+            )
+            found[name].append((outcomes, row))
+    return {name: median_run(runs) for name, runs in found.items()}
+
+
+def median_run(runs: Sequence[tuple[Outcomes, Served]]) -> tuple[Outcomes, Served]:
+    """The run of median attainment, and of quality among equals; with what all of them reached."""
+    outcomes, row = sorted(runs, key=lambda run: (run[1].attainment, run[1].quality or 0.0))[(len(runs) - 1) // 2]
+    reached = [(served.attainment, served.quality) for _, served in runs]
+    return outcomes, replace(row, rounds=reached if len(runs) > 1 else [])
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class Served:
         padding: Share of the computed tokens that were padding.
         sent_late_ms: p99 of how much later than scheduled requests were really sent; 0 in a simulation.
         memory_bytes: Of the process, after less before.
-        seconds_by_second: Arrivals, p99 latency (ms, or None) and share of each ratio's answers, second by second.
+        by_second: Arrivals, p99 latency (ms, or None) and share of each ratio's answers, second by second.
+        rounds: Attainment and quality of all its runs, of which this is the median one; empty if it is the only one.
     """
 
     policy: str
@@ -93,6 +94,7 @@ class Served:
     sent_late_ms: float
     memory_bytes: int
     by_second: list[dict[str, Any]]
+    rounds: list[tuple[float, float | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,10 @@ class ReplayRecord:
                 raise InputError("a record of another schema", valid=SCHEMA)
             step = data["workload"].pop("step")
             data["workload"] = Workload(**data["workload"], step=tuple(step) if step else None)
-            data["served"] = [Served(**{**row, "interval": tuple(row["interval"])}) for row in data["served"]]
+            for row in data["served"]:
+                row["interval"] = tuple(row["interval"])
+                row["rounds"] = [(attained, quality) for attained, quality in row.get("rounds", [])]
+            data["served"] = [Served(**row) for row in data["served"]]
             return ReplayRecord(**{**data, "machine": Machine(**data["machine"]), "model": Model(**data["model"])})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"not a replay's record: {error}", valid=f"JSON of schema {SCHEMA}") from error

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = ("policy", "in time", "95 % interval", "quality", "p50 ms", "p99 ms", "p99.9 ms", "ratios of the answers",
-           "late", "given up", "refused", "failed", "switches", "padding", "pace")  # fmt: skip
+           "late", "given up", "refused", "failed", "switches", "padding", "pace", "all runs")  # fmt: skip
 LABELS = 1
 SIZE = (9.4, 6.4)
 
@@ -56,7 +56,18 @@ def _row(served: Served) -> list[str]:
         *(str(count) for count in (served.late, served.dropped, served.refused, served.failed, served.switches)),
         percent(served.padding),
         decimal(served.pace, 2),
+        _range(served),
     ]
+
+
+def _range(served: Served) -> str:
+    """Attainment and quality of all runs of a policy, from the least to the most of each."""
+    if not served.rounds:
+        return MISSING
+    attained = [one for one, _ in served.rounds]
+    reached = f"{100 * min(attained):.2f} to {percent(max(attained), 2)}"
+    known = [mean for _, mean in served.rounds if mean is not None]
+    return f"{reached}, {decimal(min(known), 4)} to {decimal(max(known), 4)}" if known else reached
 
 
 def notes(record: ReplayRecord) -> list[str]:
@@ -85,7 +96,7 @@ def show(record: ReplayRecord, console: Console) -> None:
     console.print(Text(title(record), style="bold"), table, *(Text(note, style="dim") for note in notes(record)))
 
 
-SHORT = ("policy", "in time", "quality", "p50 ms", "p99 ms", "ratios of the answers", "late", "given up", "refused")
+SHORT = ("policy", "in time", "quality", "p50 ms", "p99 ms", "ratios of the answers", "pace", "all runs")
 
 
 def markdown(records: Sequence[ReplayRecord], source: str = "replay") -> str:
