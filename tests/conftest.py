@@ -43,18 +43,72 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=120, max_position_embeddings=160
     ),
     "electra": lambda: transformers.ElectraConfig(**SIZES, embedding_size=16, max_position_embeddings=160),
+    "mpnet": lambda: transformers.MPNetConfig(**SIZES, max_position_embeddings=162),
+    "deberta-v2": lambda: deberta(type_vocab_size=0, position_biased_input=False, share_att_key=True),
+    "deberta-v2, own projections": lambda: deberta(type_vocab_size=2, position_biased_input=True, share_att_key=False),
+    "modernbert": lambda: modernbert(),
+    "modernbert, all biases": lambda: modernbert(
+        attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True, classifier_pooling="mean"
+    ),
+    "nomic_bert": lambda: transformers.NomicBertConfig(**SIZES, max_position_embeddings=160),
+    "t5": lambda: t5(feed_forward_proj="relu"),
+    "t5, gated": lambda: t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": lambda: transformers.MT5Config(**T5_SIZES, feed_forward_proj="gated-gelu"),
 }
+"""Every family of texts, and what differs inside of one. Each is a row of the tests that all of them have to pass."""
+
+PICTURE_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 4}
+PICTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "vit": lambda: transformers.ViTConfig(**PICTURE_SIZES, intermediate_size=64),
+    "clip_vision_model": lambda: transformers.CLIPVisionConfig(**PICTURE_SIZES, intermediate_size=64),
+    "siglip_vision_model": lambda: transformers.SiglipVisionConfig(**PICTURE_SIZES, intermediate_size=64),
+    "dinov2": lambda: transformers.Dinov2Config(**PICTURE_SIZES, mlp_ratio=2),
+    "dinov2, giant": lambda: transformers.Dinov2Config(**PICTURE_SIZES, mlp_ratio=2, use_swiglu_ffn=True),
+}
+"""Every family of pictures: 7 x 7 patches."""
+
+T5_SIZES = {"d_model": 32, "d_ff": 64, "d_kv": 6, "num_heads": 4, "num_layers": 2, "vocab_size": 120,
+            "relative_attention_num_buckets": 16, "relative_attention_max_distance": 40}  # fmt: skip
+"""Heads of another size than the hidden size would give, as in T5-3B."""
+
+
+def t5(**settings: object) -> transformers.T5Config:
+    """A tiny T5."""
+    return transformers.T5Config(**T5_SIZES, **settings)
+
+
+def deberta(**settings: object) -> transformers.DebertaV2Config:
+    """A tiny DeBERTa-v2 whose farthest distances are beyond its buckets."""
+    return transformers.DebertaV2Config(
+        **SIZES, max_position_embeddings=160, relative_attention=True, position_buckets=8, max_relative_positions=-1,
+        pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", pooler_hidden_act="gelu", **settings,
+    )  # fmt: skip
+
+
+def modernbert(**settings: object) -> transformers.ModernBertConfig:
+    """A tiny ModernBERT with a narrow window in its second and third layer."""
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    sizes = {**SIZES, "num_hidden_layers": 4}
+    return transformers.ModernBertConfig(**sizes, max_position_embeddings=160, local_attention=12, **ids, **settings)
+
+
+HEADLESS = {
+    ("t5", "classify"), ("t5", "qa"), ("t5, gated", "classify"), ("t5, gated", "qa"), ("mt5", "classify"),
+    ("mt5", "qa"),    ("modernbert", "qa"), ("modernbert, all biases", "qa"), ("nomic_bert", "qa"),
+}  # fmt: skip
+"""Tasks that a kind has no head for: transformers has none, or one that is not computed here."""
 
 
 def write_checkpoint(kind: str, directory: Path, auto: str = "AutoModel", **settings: object) -> Path:
     """A tiny random checkpoint of one architecture, through transformers' own classes. Nothing in it is zero."""
-    config = CONFIGS[kind]()
+    config = (CONFIGS | PICTURES)[kind]()
     for name, value in settings.items():
         setattr(config, name, value)
     torch.manual_seed(0)
     model = getattr(transformers, auto).from_config(config)
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if "LayerNorm.weight" in name else 0.0, std=0.2)
+        is_norm = "norm" in name.lower() and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.2)
     model.save_pretrained(directory)
     write_word_tokenizer(120, directory)
     return directory

@@ -75,7 +75,7 @@ def decisions(server: Server, slo_ms: float) -> dict[str, Any]:
 def throughput(runtime: Runtime, rounds: int = 15, batches: int = 10) -> dict[str, Any]:
     """Rows per second through the queue over straight through the engine, at ratio 1."""
     manifest = runtime.bundle.manifest
-    row = Row(full_feed(manifest.inputs, manifest.vocabulary, (1, LENGTH))["input_ids"][0].tolist(), [0] * LENGTH)
+    row = Row(full_feed(manifest, (1, LENGTH))["input_ids"][0].tolist(), [0] * LENGTH)
     rows = 32
     straight, queued = [], []
     settings = ServeSettings(slo_ms=600_000.0, policy=_Whole(rows), max_rows=rows)

@@ -205,7 +205,7 @@ def memory(
     engine: str, precision: str, way: str, graph: Path, bundle: Bundle, ratio: int, shape: tuple[int, int]
 ) -> int:
     """Bytes that ratio 1 and `ratio` add to this process."""
-    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
+    feed = full_feed(bundle.manifest, shape)
     empty = pss_bytes()
     runs = loaders(engine, precision, way, graph, bundle, ratio)
     for run in runs.values():
@@ -250,7 +250,7 @@ def adapter(bundle: Bundle, shared: Path, ratio: int, scratch: Path) -> Run:
 def measure(per_ratio: Bundle, bundle: Bundle, ratio: int, shape: tuple[int, int]) -> list[dict[str, object]]:
     """One row per engine and way."""
     own, shared = bundle.graphs
-    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, shape)
+    feed = full_feed(bundle.manifest, shape)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as directory:
         graphs = ways(shared, own, Path(directory))

@@ -28,6 +28,7 @@ _HOMES = {
     "save_plugin": "variator.toolkit.plugin_file",
     "Bundle": "variator.toolkit.bundle",
     "ServeSettings": "variator.engines.serving",
+    "GenerateSettings": "variator.engines.generation",
     "replay": "variator.bench.replay",
     "ReplaySettings": "variator.bench.replay",
     "VariatorError": "variator.errors",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.text import Text
 import variator
 from variator.errors import EngineError, InputError, VariatorError
 from variator.toolkit.plugin_format import NAME, Key, parse_key
+
+if TYPE_CHECKING:
+    from variator.engines.seq2seq import Generation
 
 GUIDE = """Make a frozen Transformer encoder faster with small plugins, and choose how much per request.
 
@@ -139,13 +142,16 @@ def export(
     precision: Annotated[
         str, typer.Option(help="That the graphs are written in: fp32 for every engine; fp16, bf16 for GPUs alone.")
     ] = "fp32",
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="For a model larger than memory: weights one by one; can be resumed.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model at ratio 1 and others: ONNX graphs over one backbone, each checked against PyTorch."""
     from variator.exporters.export import ExportSettings
     from variator.exporters.export import export as verb
 
-    settings = ExportSettings(keys(ratio), plugin, untrained, rank, overwrite, layout, precision)
+    settings = ExportSettings(keys(ratio), plugin, untrained, rank, overwrite, layout, precision, low_memory)
     with stages() as on_stage:
         bundle = verb(model, output, settings, task, name, on_stage)
     if as_json:
@@ -219,15 +225,33 @@ def run(
     precision: PrecisionOption = None,
     threads: ThreadsOption = 0,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts beyond the model's limit.")] = False,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help="With a decoder: score this word as what fills <extra_id_0>; repeat.")
+    ] = None,
+    beams: Annotated[int, typer.Option(help="With a decoder: texts in the race at once.", min=1)] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="With a decoder: length of an answer.", min=1)] = 64,
     as_json: JsonOption = False,
 ) -> None:
-    """Run texts through a built bundle."""
+    """Run texts through a built bundle; one with a decoder writes an answer to each."""
+    from variator.engines.generation import GenerateSettings
     from variator.engines.runtime import DEFAULT, Runtime
 
     with Runtime.open(bundle, engine, precision, threads) as runtime:
         if plugin is not None:
             runtime.plug(DEFAULT, plugin)
-        result = runtime.infer(text, ratio=keys([ratio])[0], truncate=truncate, slo_ms=slo_ms)
+        key = keys([ratio])[0]
+        if runtime.bundle.manifest.decoder is not None and not candidate:
+            if slo_ms is not None:
+                raise InputError("--slo-ms with a decoder", valid="--slo-ms for encoders, with --ratio auto")
+            written = runtime.generate(
+                text, ratio=key, truncate=truncate, settings=GenerateSettings(max_new_tokens, beams)
+            )
+            _show_written(written, text, runtime.picked, as_json)
+            return
+        if candidate:
+            result = runtime.score(text, candidate, ratio=key, truncate=truncate)
+        else:
+            result = runtime.infer(text, ratio=key, truncate=truncate, slo_ms=slo_ms)
         picked = runtime.picked
     if as_json:
         record = asdict(result) | {"outputs": {name: values.tolist() for name, values in result.outputs.items()}}
@@ -244,11 +268,29 @@ def run(
             console.print(Text(f"{name} {tuple(value.shape)} [{head}{', …' if value.size > 6 else ''}]  {row[:60]}"))
 
 
+def _show_written(written: Generation, texts: list[str], picked: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(written) | {"picked": picked})
+        return
+    console = Console()
+    console.print(Text(f"ratio {written.ratio}, engine {picked}"))
+    console.print(
+        Text(
+            f"tokenise {written.tokenise_ms:.1f} ms, queue {written.queue_ms:.1f} ms, "
+            f"encode {written.encode_ms:.1f} ms, decode {written.decode_ms:.1f} ms in {written.steps} steps"
+        )
+    )
+    for text, answer, ended in zip(texts, written.texts, written.finished, strict=True):
+        console.print(Text(f"{answer}{'' if ended else ' … (cut: --max-new-tokens)'}  <- {text[:60]}"))
+
+
 @app.command(short_help="Measure speed, FLOPs, memory and quality.")
 def bench(
     bundle: BundleArgument,
     engine: Annotated[list[str] | None, typer.Option(help="Built engines to measure; all by default.")] = None,
-    shapes: Annotated[str, typer.Option(help="Batch x length, comma-separated.")] = "1x32,1x128,8x128,32x64",
+    shapes: Annotated[
+        str | None, typer.Option(help="Batch x length, comma-separated; by default 1x32,1x128,8x128,32x64.")
+    ] = None,
     ratio: Annotated[list[str] | None, typer.Option(help="Ratios or names to measure; all by default.")] = None,
     model: Annotated[str | None, typer.Option(help="The checkpoint, to measure the plain libraries beside us.")] = None,
     stsb: Annotated[Path | None, typer.Option(help="STS-B as .jsonl(.gz), for Spearman's correlation.")] = None,
@@ -289,7 +331,7 @@ def bench(
 
     settings = BenchSettings(
         tuple(engine or ()),
-        parse_shapes(shapes),
+        parse_shapes(shapes) if shapes else (),
         keys(ratio),
         runs,
         budget,
@@ -760,6 +802,15 @@ def _show_bundle(path: Path) -> None:
         )
     else:
         console.print(Text("layout per-ratio: one graph per ratio, its plugin in it"))
+    if manifest.decoder is not None:
+        flops = manifest.decoder.flops
+        console.print(
+            Text(
+                f"decoder: {manifest.decoder.layers} layers, {manifest.decoder.parameters:,} parameters: "
+                f"a token behind {flops['before']:.0f} with {flops['source']:.0f} of the encoder takes "
+                f"{flops['total'] / 1e9:.3f} GFLOPs; largest error {manifest.decoder.max_abs_error:.1g}"
+            )
+        )
     backbone = manifest.files.get("backbone.data")
     console.print(
         Text(f"{path}: {total / 1e6:.1f} MB, of which the backbone {backbone.bytes / 1e6 if backbone else 0:.1f} MB")

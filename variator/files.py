@@ -124,6 +124,46 @@ def directory_written_whole(final: Path, *, replace: bool = False) -> Iterator[P
 
 
 @contextlib.contextmanager
+def directory_resumed(final: Path, made_from: Any, *, replace: bool = False) -> Iterator[tuple[Path, Path]]:
+    """A directory that appears under its final name when the block has succeeded, and stays for later if it did not.
+
+    Args:
+        made_from: A JSON value: the same goes on with what is there, another throws it away.
+        replace: Whether an existing directory may be replaced.
+
+    Yields:
+        Where to write, and a place beside it for notes that do not belong to the result.
+
+    Raises:
+        InputError: If another process is at it.
+        VariatorError: If the disk refuses; what was written stays.
+    """
+    work = final.with_name(f".{final.name}.resumable")
+    with alone(final):
+        claim(work, made_from, anew=True)
+        inner = work / "result"
+        try:
+            inner.mkdir(exist_ok=True)
+            yield inner, work
+        except OSError as error:
+            if error.errno not in DISK_TROUBLE:
+                raise
+            reason = error.strerror or str(error)
+            raise VariatorError(
+                f"cannot write {final}: {reason}",
+                fix="free disk space and repeat the command: it goes on where it stopped",
+            ) from error
+        with disk_errors(final):
+            if not final.exists():
+                inner.rename(final)
+            elif replace:
+                _exchange(inner, final, final.with_name(f".{final.name}.old"))
+            else:
+                raise VariatorError(f"{final} has appeared meanwhile", fix="choose another name, or pass --overwrite")
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def alone(place: Path) -> Iterator[None]:
     """Be the only process that makes `place` while the block runs; a hidden file beside it is the lock.
 

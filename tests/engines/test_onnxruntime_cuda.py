@@ -85,6 +85,6 @@ def test_it_runs_on_this_gpu(bundle: Bundle, shared_bundle: Bundle, tmp_path: Pa
 def test_the_stock_peer_for_gpus_is_the_same_model_in_fp16(backbone: Backbone, bundle: Bundle, tmp_path: Path) -> None:
     _export_stock(backbone, tmp_path)
     assert precision_of(onnx_ir.load(tmp_path / "fp16.onnx")) == "fp16"
-    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (3, 16))
+    feed = full_feed(bundle.manifest, (3, 16))
     found = plain_runner(tmp_path / "fp16.onnx")(feed)["embedding"]
     np.testing.assert_allclose(found, plain_runner(bundle.graph(1))(feed)["embedding"], atol=5e-3)

@@ -194,3 +194,10 @@ def test_openvino_gives_the_same_answers(built: Bundle, tmp_path: Path, runtime:
         for job in jobs:
             expected = runtime.infer(TEXTS, ratio=job.result().ratio)
             np.testing.assert_allclose(job.result().outputs["embedding"], expected.outputs["embedding"], atol=1e-5)
+
+
+def test_an_encoder_has_nothing_to_write_with(calibrated: Path) -> None:
+    with Runtime.open(calibrated) as runtime:
+        for call in (runtime.generate, lambda texts, ratio: runtime.score(texts, ["w2"], ratio=ratio)):
+            with pytest.raises(InputError, match="no decoder"):
+                call(["w1"], ratio=1)

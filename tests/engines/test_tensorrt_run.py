@@ -57,7 +57,7 @@ def load(
 
 
 def feed_of(bundle: Bundle, batch: int, length: int, seed: int = 0) -> Feed:
-    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (batch, length))
+    feed = full_feed(bundle.manifest, (batch, length))
     feed["input_ids"] = np.random.default_rng(seed).integers(0, bundle.manifest.vocabulary, (batch, length))
     return feed
 

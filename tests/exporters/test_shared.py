@@ -74,7 +74,7 @@ def test_ratio_1_through_the_shared_graph_is_the_backbone(shared_bundle: Bundle)
 
 
 def test_both_layouts_answer_alike_and_count_alike(shared_bundle: Bundle, bundle: Bundle) -> None:
-    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (3, 13))
+    feed = full_feed(bundle.manifest, (3, 13))
     for ratio in (1, 2, 4):
         beside = inputs_of(shared_bundle, ratio)
         found = plain_runner(shared_bundle.graph(ratio))({**beside, **feed})["embedding"]

@@ -14,14 +14,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.conftest import CONFIGS, lively, make_sentence_transformer, write_checkpoint
+from tests.conftest import CONFIGS, HEADLESS, lively, make_sentence_transformer, write_checkpoint
 from variator.errors import BackboneError, InputError
 from variator.exporters.graph import Compressed
 from variator.toolkit.checkpoint import Backbone, load_backbone
-from variator.toolkit.families import family_of
+from variator.toolkit.families import FAMILIES, family_of
 from variator.toolkit.plugin_file import Plugin
 
 RATIOS = (1, 2, 3, 4, 8)
+ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
 
 
 def lively_plugin(backbone: Backbone, ratio: int) -> Plugin | None:
@@ -45,7 +46,13 @@ def padded(ids: Tensor, length: int, filler: Callable[[int], Tensor]) -> tuple[T
     ],
 )
 def test_ratio_1_is_transformers_model(kind: str, auto: str, task: str, tmp_path: Path) -> None:
+    if kind.startswith("nomic") and task == "qa":
+        pytest.skip("transformers has no such class")
     write_checkpoint(kind, tmp_path / "model", auto, num_labels=3 if task == "classify" else 2)
+    if (kind, task) in HEADLESS:
+        with pytest.raises(BackboneError, match=f"{task} is not supported"):
+            load_backbone(str(tmp_path / "model"))
+        return
     loaded = load_backbone(str(tmp_path / "model"))
     assert loaded.task == task
     ids = torch.randint(5, 120, (2, 9))
@@ -55,7 +62,7 @@ def test_ratio_1_is_transformers_model(kind: str, auto: str, task: str, tmp_path
     feed = {"input_ids": ids, "attention_mask": mask}
     if loaded.token_types:
         feed["token_type_ids"] = torch.randint(0, 2, (2, 9)) * mask
-    original = getattr(transformers, auto).from_pretrained(tmp_path / "model").eval()
+    original = getattr(transformers, ENCODERS.get(kind.split(",")[0], auto)).from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         found, expected = loaded.model(**feed), original(**feed)
     for name, values in zip(loaded.outputs, found, strict=True):
@@ -127,15 +134,14 @@ def test_the_task_can_be_overridden(checkpoint: Path) -> None:
 
 
 def test_an_unsupported_architecture_lists_those_that_are() -> None:
-    with pytest.raises(
-        BackboneError, match=r"deberta-v2(.|\n)*bert, roberta, xlm-roberta, camembert, distilbert, electra"
-    ):
-        family_of("deberta-v2")
+    with pytest.raises(BackboneError, match="gpt2") as error:
+        family_of("gpt2")
+    assert all(kind in str(error.value) for family in FAMILIES for kind in family.model_types)
 
 
 def test_relative_positions_and_unknown_activations_are_refused(tmp_path: Path) -> None:
-    write_checkpoint("bert", tmp_path / "a", hidden_act="quick_gelu")
-    with pytest.raises(BackboneError, match="quick_gelu"):
+    write_checkpoint("bert", tmp_path / "a", hidden_act="laplace")
+    with pytest.raises(BackboneError, match="laplace"):
         load_backbone(str(tmp_path / "a"))
 
 

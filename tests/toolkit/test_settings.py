@@ -31,7 +31,7 @@ from variator.toolkit.plugin_format import (
     tensor_shapes,
 )
 from variator.training.corpus import read_corpus
-from variator.training.distil import distil_step
+from variator.training.distil import Teacher, distil_step
 from variator.training.objective import Weights
 from variator.training.settings import TrainSettings
 from variator.training.student import answering
@@ -248,7 +248,7 @@ def test_settings_train_in_both_stages(backbone: Backbone, tmp_path: Path, confi
         """On batches that training did not see in this order."""
         found = {config.key: {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}}
         batches = (corpus.batch(backbone, "held out", index, 256) for index in range(8))
-        losses = (distil_step(backbone.model, "embed", Weights(), [config], found, batch) for batch in batches)
+        losses = (distil_step(Teacher(backbone.model, "embed", Weights()), [config], found, batch) for batch in batches)
         return sum(float(one[config.key].total) for one in losses)
 
     assert loss({name: torch.tensor(tensor) for name, tensor in plugin.tensors.items()}) < 0.98 * loss(start)

@@ -62,7 +62,7 @@ def compare(
     a switch costs, because the shared engine last ran another ratio.
     """
     manifest = shared.bundle.manifest
-    feed = full_feed(manifest.inputs, manifest.vocabulary, shape)
+    feed = full_feed(manifest, shape)
     engines = {(runtime, ratio): runtime.load(ratio) for ratio in ratios for runtime in (per_ratio, shared)}
     first, second = race_twice({key: partial(engine.run, feed) for key, engine in engines.items()}, runs, budget_s)
     results = []

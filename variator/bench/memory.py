@@ -59,7 +59,7 @@ def measure(bundle: Path, engine: str, precision: str, shape: tuple[int, int], t
 
 def _main(bundle_path: str, engine: str, precision: str, batch: int, length: int, tasks: int) -> None:
     bundle = Bundle.open(bundle_path)
-    feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (batch, length))
+    feed = full_feed(bundle.manifest, (batch, length))
     entries: list[Memory] = []
     with contextlib.ExitStack() as stack:
         runtime = stack.enter_context(Runtime.open(bundle, engine, precision))

@@ -44,7 +44,7 @@ class Plain(nn.Module):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.original = backbone.original
+        self.original: Any = backbone.original
         self.head = backbone.model.head if backbone.task in ("embed", "hidden") else None
         self.outputs = backbone.outputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +58,18 @@ PLUGGED_RATIO = 4
 """Ratio whose plugin is timed when it is plugged in, where there is one; others differ only in the size of the file."""
 
 
+SHAPES = ((1, 32), (1, 128), (8, 128), (32, 64))
+PICTURES = (1, 8, 32)
+"""What is measured unless something else is asked for: batch and length; pictures at once."""
+
+
 @dataclass(frozen=True)
 class BenchSettings:
     """What to measure.
 
     Args:
         engines: Backends, or empty for all that are built.
-        shapes: (batch, length) pairs.
+        shapes: (batch, length) pairs; empty for `SHAPES`, or `PICTURES` of the one length that pictures have.
         ratios: Or empty for all.
         runs: Timed rounds per shape.
         budget_s: Seconds per shape after which no further round starts (5 rounds are always run).
@@ -75,7 +80,7 @@ class BenchSettings:
     """
 
     engines: tuple[str, ...] = ()
-    shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (8, 128), (32, 64))
+    shapes: tuple[tuple[int, int], ...] = ()
     ratios: tuple[Key, ...] = ()
     runs: int = 15
     budget_s: float = 60.0
@@ -110,6 +115,9 @@ def bench(
         InputError: For a shape beyond the model's limit or a ratio the bundle does not hold.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if not settings.shapes:
+        pictures = tuple((batch, bundle.manifest.max_length) for batch in PICTURES)
+        settings = replace(settings, shapes=pictures if bundle.manifest.picture else SHAPES)
     _check(bundle, settings)
     pairs = read_split(TASKS["stsb"], "dev", settings.pairs) if settings.pairs else None
     threads = settings.threads or machine.cores()
@@ -133,8 +141,8 @@ def bench(
         on_device = _on_device(runtimes, ratios, peers)
         for batch, length in settings.shapes:
             on_stage(f"timing {len(runners)} runners at {batch} x {length}")
-            feed = full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (batch, length))
-            results += _time(runners, feed, flops, settings)
+            feed = full_feed(bundle.manifest, (batch, length))
+            results += _time(runners, feed, (batch, length), flops, settings)
             device += measure(on_device, feed, 2 * settings.runs, settings.budget_s) if on_device else []
         quality, more = _quality(bundle, runtimes, ratios, peers, pairs, on_stage) if settings.quality else ([], [])
     return Record(
@@ -159,12 +167,14 @@ def bench(
 def _check(bundle: Bundle, settings: BenchSettings) -> None:
     for ratio in settings.ratios:
         bundle.ratio(ratio)
+    most = bundle.manifest.max_length
+    least = most if bundle.manifest.picture else 1
     for batch, length in settings.shapes:
-        if batch < 1 or not 1 <= length <= bundle.manifest.max_length:
-            raise InputError(
-                f"shape {batch}x{length} cannot be measured",
-                valid=f"batch 1 or more, length 1 to {bundle.manifest.max_length}",
-            )
+        if batch < 1 or not least <= length <= most:
+            lengths = f"length 1 to {most}" if least < most else f"length {most}: the patches of a picture"
+            raise InputError(f"shape {batch}x{length} cannot be measured", valid=f"batch 1 or more, {lengths}")
+    if bundle.manifest.picture and (settings.model or settings.pairs):
+        raise InputError("texts or plain libraries with a model of pictures", fix="leave --model and --stsb out")
 
 
 def built_engines(bundle: Bundle, names: Sequence[str]) -> tuple[list[BuiltEngine], list[str]]:
@@ -338,10 +348,11 @@ def _runners(
 def _time(
     runners: Sequence[Runner],
     feed: Feed,
+    shape: tuple[int, int],
     flops: Mapping[tuple[Key, int], Mapping[str, int]],
     settings: BenchSettings,
 ) -> list[Result]:
-    batch, length = next(iter(feed.values())).shape
+    batch, length = shape
     timings = race(
         {index: (lambda runner=runner: runner.run(feed)) for index, runner in enumerate(runners)},  # type: ignore[misc]
         settings.runs,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import numpy.typing as npt
 
 from variator import machine
@@ -18,11 +17,13 @@ from variator.errors import EngineError, InputError
 from variator.toolkit.bundle import Bundle
 from variator.toolkit.rows import Outputs
 
-Feed = Mapping[str, npt.NDArray[np.int64]]
+Feed = Mapping[str, npt.NDArray[Any]]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-"""What comes with every run; all other inputs are held."""
+TOKENS = (
+    "input_ids", "attention_mask", "token_type_ids", "pixel_values", "lengths", "hidden", "cross", "past",
+)  # fmt: skip
+"""What comes with every run, of pictures and a decoder, too; all other inputs are held."""
 
 
 def check_held(inputs: Iterable[str], held: Iterable[str]) -> None:
@@ -30,6 +31,18 @@ def check_held(inputs: Iterable[str], held: Iterable[str]) -> None:
     missing = [name for name in inputs if name not in TOKENS and name not in held]
     if missing:
         raise EngineError(f"nothing is given for the inputs {', '.join(missing)} of the graph", fix="export again")
+
+
+def check_encoder_of_tokens(bundle: Bundle, backend: str) -> None:
+    """Raise `InputError` for a bundle that writes texts or reads pictures: such run on CPUs so far."""
+    manifest = bundle.manifest
+    if manifest.decoder is not None or manifest.picture is not None:
+        more = ", or export the encoder alone with --task hidden" if manifest.decoder else ""
+        raise InputError(
+            f"{backend} runs no {'decoders' if manifest.decoder else 'models that read pictures'}",
+            valid="onnxruntime, openvino",
+            fix=f"--engine onnxruntime{more}",
+        )
 
 
 def installed(*distributions: str) -> str:
@@ -54,7 +67,7 @@ class Engine(Protocol):
         """Ranges of shapes that it takes; empty if it takes every one."""
 
     def run(self, feed: Feed) -> Outputs:
-        """int64 [batch, S] inputs -> fp32 outputs by name."""
+        """int64 [batch, S] inputs (a decoder's: `toolkit.decoder`), or pictures -> fp32 outputs by name."""
 
     def hold(self, inputs: Arrays) -> Engine:
         """This engine with inputs that stay on its device and go along with every run: a plugin, a task head.

@@ -28,7 +28,7 @@ from variator.engines.profiles import Shape, hold
 from variator.errors import EngineError
 from variator.exporters.gate import Case, compare, full_feed, gate_head, load_cases, reshaped
 from variator.files import directory_written_whole, disk_errors, inside, write_atomically
-from variator.toolkit.bundle import GATE_FILE, SHARED_GRAPH, Bundle, list_files
+from variator.toolkit.bundle import DECODER_GATE_FILE, DECODER_GRAPH, GATE_FILE, SHARED_GRAPH, Bundle, list_files
 from variator.toolkit.stack import inputs_of, neutral_inputs
 
 PROBE_SHAPE = (8, 64)
@@ -143,6 +143,7 @@ def _checked(
     cases = load_cases(inside(bundle.path, GATE_FILE))
     shared = bundle.manifest.shared
     head = gate_head(bundle.manifest.hidden_size) if shared and shared.head else None
+    gate_of_decoder = inside(bundle.path, DECODER_GATE_FILE)
     errors, probes = {}, {}
     for graph in bundle.graphs:
         loaded = backend.load(bundle, precision, directory, graph.name, threads)
@@ -152,6 +153,10 @@ def _checked(
                 valid=", ".join(backend.precisions()),
                 fix=f"--precision {loaded.precision}",
             )
+        if graph.name == DECODER_GRAPH:
+            on_stage("checking the decoder against PyTorch")
+            label = f"{backend.name} {precision} decoder"
+            errors["decoder"] = compare(label, precision, load_cases(gate_of_decoder), 1, loaded.run)
         for ratio in (ratio for ratio in bundle.ratios if bundle.graph(ratio) == graph):
             on_stage(f"checking ratio {ratio} against PyTorch")
             engine = loaded.hold(inputs_of(bundle, ratio, head))
@@ -179,10 +184,11 @@ def _fitting(cases: Sequence[Case], engine: Engine) -> Sequence[Case]:
 
 def _probe_feed(bundle: Bundle, engine: Engine) -> Feed:
     """What an engine is timed with: `PROBE_SHAPE`, or the first optimum where its profiles do not hold that."""
-    shape = Shape(PROBE_SHAPE[0], min(PROBE_SHAPE[1], bundle.manifest.max_length))
+    longest = bundle.manifest.max_length
+    shape = Shape(PROBE_SHAPE[0], longest if bundle.manifest.picture else min(PROBE_SHAPE[1], longest))
     if not hold(engine.profiles, shape):
         shape = engine.profiles[0].optimum
-    return full_feed(bundle.manifest.inputs, bundle.manifest.vocabulary, (shape.batch, shape.length))
+    return full_feed(bundle.manifest, (shape.batch, shape.length))
 
 
 def _time(engine: Engine, feed: Feed, runs: int = 7) -> float:

@@ -21,7 +21,7 @@ from variator.engines.backends import BACKENDS, check_name
 from variator.engines.base import Backend, Engine
 from variator.errors import EngineError
 from variator.files import sha256_of_json
-from variator.toolkit.bundle import GATE_FILE, Bundle, FileEntry, list_files
+from variator.toolkit.bundle import DECODER_GATE_FILE, GATE_FILE, Bundle, FileEntry, list_files
 
 ENGINE_FILE = "engine.json"
 LATENCY_FILE = "latency.json"
@@ -45,7 +45,7 @@ class EngineRecord:
         target: The machine that it is bound to.
         choices: What the user chose.
         gated: Whether it was compared with PyTorch; one that was built ahead of time was not yet.
-        max_abs_error: By ratio, against PyTorch's fp32 outputs.
+        max_abs_error: By ratio, and of a `decoder`, against PyTorch's fp32 outputs.
         probe_ms: By ratio, median latency at `build.PROBE_SHAPE` when it was built; orders engines, is no benchmark.
     """
 
@@ -109,7 +109,7 @@ def key_of(parts: Mapping[str, str], target: Mapping[str, str], choices: Mapping
 
 def _graphs(bundle: Bundle) -> str:
     """Hash of the bundle's graphs, weights and gate (whose texts calibrate int8)."""
-    kinds = (".onnx", ".data", GATE_FILE)
+    kinds = (".onnx", ".data", GATE_FILE, DECODER_GATE_FILE)
     return sha256_of_json({name: f.sha256 for name, f in bundle.manifest.files.items() if name.endswith(kinds)})
 
 

@@ -206,11 +206,11 @@ def calibrate(
     times: dict[tuple[int, int], dict[Key, list[float]]] = {}
 
     def measure(shape: tuple[int, int]) -> dict[Key, float]:
-        feed = full_feed(manifest.inputs, manifest.vocabulary, shape)
+        feed = full_feed(manifest, shape)
         return {ratio: runtime.timed_run(ratio, feed) for ratio in runtime.bundle.ratios}
 
     engines = [runtime.load(ratio) for ratio in runtime.bundle.ratios]
-    for length in sorted({min(length, limit) for length in lengths}):
+    for length in [limit] if manifest.picture else sorted({min(length, limit) for length in lengths}):
         for batch in batches:
             if not all(hold(engine.profiles, Shape(batch, length)) for engine in engines):
                 continue

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from variator.engines.base import NO_PROFILES, TOKENS, Arrays, BuildOptions, Feed, OnProgress, check_held
+from variator.engines.base import (
+    NO_PROFILES,
+    TOKENS,
+    Arrays,
+    BuildOptions,
+    Feed,
+    OnProgress,
+    check_encoder_of_tokens,
+    check_held,
+)
 from variator.engines.cuda import Stream, Timer
 from variator.engines.device import DeviceArray, DeviceResult, on_device
 from variator.engines.gpu import gpu, no_gpu
@@ -139,6 +148,7 @@ class OnnxRuntimeCudaBackend:
 
     def choices(self, bundle: Bundle, options: BuildOptions) -> dict[str, str]:
         """See `Backend.choices`."""
+        check_encoder_of_tokens(bundle, self.name)
         if options != BuildOptions():
             raise InputError(
                 f"{self.name} takes every shape and runs on the GPU that is here",
@@ -171,9 +181,7 @@ class OnnxRuntimeCudaBackend:
             inputs = inputs_of(bundle, next((k for k in bundle.ratios if bundle.graph(k) == graph), 1))
             if graph.name == SHARED_GRAPH and all(bundle.graph(ratio) != graph for ratio in bundle.ratios):
                 inputs = neutral_inputs(bundle)
-            tokens = full_feed(
-                bundle.manifest.inputs, bundle.manifest.vocabulary, (1, min(8, bundle.manifest.max_length))
-            )
+            tokens = full_feed(bundle.manifest, (1, min(8, bundle.manifest.max_length)))
             check_placement(directory / graph.name, {**inputs, **tokens})
 
     def describe(self, bundle: Bundle, precision: str, directory: Path, graph: str) -> list[str]:

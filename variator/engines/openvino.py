@@ -22,7 +22,7 @@ from variator.engines.quantise import RECIPE, quantise_static
 from variator.errors import EngineError
 from variator.exporters.gate import load_cases
 from variator.files import inside
-from variator.toolkit.bundle import GATE_FILE, Bundle
+from variator.toolkit.bundle import DECODER_GATE_FILE, DECODER_GRAPH, GATE_FILE, Bundle
 from variator.toolkit.rows import Outputs
 from variator.toolkit.stack import PLUGIN_INPUTS, inputs_of, neutral_inputs
 from variator.toolkit.weights import check_external_data, gather
@@ -119,7 +119,10 @@ class OpenVinoBackend(CpuBackend):
                 check_external_data(graph)
                 beside = [inputs_of(bundle, ratio) for ratio in bundle.ratios if bundle.graph(ratio) == graph]
                 beside = beside or [neutral_inputs(bundle)]  # a shared graph that no ratio uses yet
-                feeds = [{**inputs, **case.feed} for inputs in beside for case in cases]
+                if graph.name == DECODER_GRAPH:
+                    feeds = [case.feed for case in load_cases(inside(bundle.path, DECODER_GATE_FILE))]
+                else:
+                    feeds = [{**inputs, **case.feed} for inputs in beside for case in cases]
                 graphs.append(quantise_static(graph, Path(scratch) / graph.name, feeds))
             gather(graphs, directory, WEIGHTS)
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -29,7 +29,7 @@ from variator.engines.built import BuiltEngine, find_built, load_engine
 from variator.engines.profiles import most_rows
 from variator.errors import BundleError, EngineError, InputError
 from variator.files import inside
-from variator.toolkit.bundle import SHARED_GRAPH, Bundle
+from variator.toolkit.bundle import SHARED_GRAPH, Bundle, Picture
 from variator.toolkit.plugin_file import Head, Plugin, heads_agree, load_plain
 from variator.toolkit.plugin_format import Key, in_order
 from variator.toolkit.rows import Input, Outputs, Row, place
@@ -38,6 +38,8 @@ from variator.toolkit.stack import LOGITS, Inputs, check_fits, check_head, graph
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from variator.engines.generation import GenerateSettings
+    from variator.engines.seq2seq import Generation
     from variator.engines.serving import Observer, Server, ServeSettings
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -48,6 +50,9 @@ TOKENS_PER_RUN = 16384
 
 AUTO = "auto"
 """The ratio that today's load allows."""
+
+BLANK = "<extra_id_0>"
+"""T5's mark for the first gap in a text, and for what fills it."""
 
 DEFAULT = "default"
 """Name of the plugins that are in the bundle."""
@@ -110,8 +115,6 @@ class Runtime:
     """An opened bundle; use it as a context manager. Made by `Runtime.open`."""
 
     def __init__(self, bundle: Bundle, built: BuiltEngine, reason: str, threads: int) -> None:
-        from tokenizers import Tokenizer
-
         self.bundle = bundle
         self.picked = reason
         """Which engine was picked, and why."""
@@ -126,14 +129,8 @@ class Runtime:
         self._servers: WeakSet[Server] = WeakSet()
         self._no_more_servers = False
         self._server_lock = Lock()
-        path = inside(bundle.path, "tokenizer.json")
-        bundle.verify("tokenizer.json")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"cannot read {path}: {error}", fix="export again") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        if bundle.manifest.picture is None:
+            self._tokenizer = _read_tokenizer(bundle)
 
     @cached_property
     def _truncating(self) -> Tokenizer:
@@ -193,7 +190,13 @@ class Runtime:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer, without truncation or padding. Not to be changed."""
+        """The bundle's tokenizer, without truncation or padding. Not to be changed.
+
+        Raises:
+            InputError: If the model reads pictures.
+        """
+        if self.bundle.manifest.picture is not None:
+            raise InputError("a model that reads pictures has no tokenizer")
         return self._tokenizer
 
     @property
@@ -283,6 +286,8 @@ class Runtime:
         """
         bounds = {"slo_ms": slo_ms, "min_ratio": min_ratio, "max_ratio": max_ratio, "min_quality": min_quality}
         if ratio == AUTO and AUTO not in self._slots(plugin):
+            if self.bundle.manifest.decoder is not None:
+                raise InputError(f"ratio {AUTO!r} with a decoder", valid=", ".join(map(str, self.bundle.ratios)))
             if not self._is_own(plugin):
                 raise InputError(f"ratio {AUTO!r} with plugin {plugin!r}", valid="the bundle's own plugins")
             return self.server().submit(inputs, truncate=truncate, **bounds).result()  # type: ignore[arg-type]
@@ -368,6 +373,67 @@ class Runtime:
         outputs, _, compute_ms = self._computed(self._own_slot(ratio), work, on_start)
         return outputs, compute_ms
 
+    def run_graph(self, graph: str, feed: Feed) -> tuple[Outputs, float, float]:
+        """Run a graph that belongs to no ratio, a decoder: its outputs, ms waited and computed."""
+        engine, waiting = self._held(graph, {}), time.perf_counter()
+        with self._compute_lock:
+            self._check_open()
+            computing = time.perf_counter()
+            outputs = dict(engine.run(feed))
+            done = time.perf_counter()
+        return outputs, (computing - waiting) * 1e3, (done - computing) * 1e3
+
+    def generate(
+        self,
+        inputs: Sequence[Input],
+        *,
+        ratio: Key,
+        plugin: str = DEFAULT,
+        truncate: bool = False,
+        settings: GenerateSettings | None = None,
+    ) -> Generation:
+        """Generate a text for every input; the ratio is the encoder's. For bundles of task seq2seq.
+
+        Raises:
+            InputError: As `infer`, and for a bundle without a decoder or ratio `auto`.
+        """
+        from variator.engines.generation import GenerateSettings
+        from variator.engines.seq2seq import write
+
+        return write(self, inputs, ratio, plugin, truncate, settings or GenerateSettings())
+
+    def score(
+        self,
+        inputs: Sequence[Input],
+        candidates: Sequence[str],
+        *,
+        ratio: Key,
+        prefix: str = BLANK,
+        plugin: str = DEFAULT,
+        truncate: bool = False,
+    ) -> Result:
+        """Classify by what would fill a gap: `logits` [rows, candidates], one per word that could stand there.
+
+        The form of the paper: the text holds `<extra_id_0>` where a word is asked for, and the decoder, started with
+        that mark, scores the first token of each candidate ("yes", "no", …) at the next place.
+
+        Args:
+            candidates: Words with different first tokens.
+            prefix: Token that the decoder starts with; empty for none.
+
+        Raises:
+            InputError: As `generate`, and for candidates or a prefix that are none.
+        """
+        from variator.engines.seq2seq import score
+
+        found, encoded, queue_ms, compute_ms = score(self, inputs, candidates, prefix, ratio, plugin, truncate)
+        return replace(
+            encoded,
+            outputs={LOGITS: found},
+            queue_ms=encoded.queue_ms + queue_ms,
+            compute_ms=encoded.compute_ms + compute_ms,
+        )
+
     def _own_slot(self, ratio: Key) -> Slot:
         own = self._own
         self._check_open()
@@ -425,6 +491,8 @@ class Runtime:
             raise InputError("the request is a text, not a list of texts", fix=f"[{inputs[:20]!r}]")
         if len(inputs) == 0:
             raise InputError("the request is empty", valid="at least one text or list of token ids")
+        if self.bundle.manifest.picture is not None:
+            return [self._picture(index, value, self.bundle.manifest.picture) for index, value in enumerate(inputs)]
         rows = [self._tokenise_one(index, value, truncate) for index, value in enumerate(inputs)]
         limit = self.bundle.manifest.max_length
         for index, row in enumerate(rows):
@@ -435,6 +503,22 @@ class Runtime:
                     fix="shorten it, or pass truncate=True (--truncate)",
                 )
         return rows
+
+    def _picture(self, index: int, value: Input, picture: Picture) -> Row:
+        shape = (picture.channels, picture.size, picture.size)
+        pixels = value.pixels if isinstance(value, Row) else value
+        if not isinstance(pixels, np.ndarray) or pixels.shape != shape or not np.issubdtype(pixels.dtype, np.floating):
+            found = (
+                f"an array {pixels.shape} of {pixels.dtype}" if isinstance(pixels, np.ndarray) else type(value).__name__
+            )
+            raise InputError(
+                f"input {index} is {found}, and this model reads pictures",
+                valid=f"pixel values as floats, {shape}, scaled as the model's image processor does",
+            )
+        if not np.isfinite(pixels).all():
+            raise InputError(f"input {index} holds pixel values that are not finite", valid="finite numbers")
+        nothing = [0] * self.bundle.manifest.max_length
+        return Row(nothing, nothing, np.ascontiguousarray(pixels, np.float32))
 
     def _tokenise_one(self, index: int, value: Input, truncate: bool) -> Row:
         if isinstance(value, Row):
@@ -541,8 +625,10 @@ class Runtime:
                     place(outputs, name, values, part, lengths)
         return outputs
 
-    def feed(self, rows: Sequence[Row], length: int) -> dict[str, npt.NDArray[np.int64]]:
-        """The engine's inputs for tokenised rows, padded on the right to `length`: int64 [rows, length] each."""
+    def feed(self, rows: Sequence[Row], length: int) -> dict[str, npt.NDArray[Any]]:
+        """The inputs for tokenised rows, padded on the right to `length`: int64 [rows, length]. Or pictures."""
+        if self.bundle.manifest.picture is not None:
+            return {"pixel_values": np.stack([row.pixels for row in rows if row.pixels is not None])}
         feed = {name: np.zeros((len(rows), length), np.int64) for name in self.bundle.manifest.inputs}
         for index, row in enumerate(rows):
             feed["input_ids"][index, : len(row.ids)] = row.ids
@@ -550,6 +636,20 @@ class Runtime:
             if "token_type_ids" in feed:
                 feed["token_type_ids"][index, : len(row.ids)] = row.types
         return feed
+
+
+def _read_tokenizer(bundle: Bundle) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    path = inside(bundle.path, "tokenizer.json")
+    bundle.verify("tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise BundleError(f"cannot read {path}: {error}", fix="export again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_plugins(name: str, plugin: Plugin | Path | str | Sequence[Plugin | Path | str]) -> list[Plugin]:

@@ -4,46 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir
 
 import variator
 from variator.errors import InputError, PluginError
-from variator.exporters.flops import PART_KEY, count_flops, part_of
+from variator.exporters.flops import PART_KEY, count_flops, counted_flops, part_of
 from variator.exporters.gate import (
     PASSAGE,
     Case,
     add_logits,
     compare,
+    decoder_cases,
     gate_head,
     make_feeds,
+    picture_feeds,
     plain_runner,
     reference_outputs,
     save_cases,
 )
-from variator.exporters.graph import Compressed, export_graph, export_shared
+from variator.exporters.graph import Compressed, export_decoder, export_graph, export_shared
+from variator.exporters.low_memory import check_in_pieces, expect, expect_of_decoder, fill
+from variator.exporters.pieces import LAYER_KEY
 from variator.exporters.precision import check_precision, narrow, widened
-from variator.files import directory_written_whole
+from variator.files import directory_resumed, directory_written_whole
 from variator.toolkit.bundle import (
+    DECODER_GATE_FILE,
+    DECODER_GRAPH,
     GATE_FILE,
     LAYOUTS,
     PER_RATIO,
     SHARED,
     SHARED_GRAPH,
     Bundle,
+    DecoderEntry,
     Manifest,
+    Picture,
     RatioEntry,
     SharedProfile,
     list_files,
     write_manifest,
 )
-from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.checkpoint import Backbone, load_backbone, stream_backbone
+from variator.toolkit.decoder import Decoder, cache_width
 from variator.toolkit.plugin_file import Plugin, find_plugin, heads_agree, save_plugin, untrained_plugin
 from variator.toolkit.plugin_format import (
     MAX_RATIO,
@@ -63,6 +75,12 @@ if TYPE_CHECKING:
 FLOPS_LENGTH = 128
 """Sequence length of the manifest's FLOPs."""
 
+JOURNAL = "weights.jsonl"
+"""Beside a bundle that is being exported with low memory: what has been written of its weights."""
+
+FLOPS_BEFORE = 16
+"""Tokens in front of the one whose FLOPs the manifest states for a decoder."""
+
 MAX_RANK, MAX_CLASSES = 256, 1024
 """What a shared graph's engines have to be ready for, if no plugin of the export is larger."""
 
@@ -79,6 +97,8 @@ class ExportSettings:
         overwrite: Whether an existing bundle may be replaced.
         layout: `per-ratio`, one graph per ratio, or `shared`, one graph that takes its plugin as inputs.
         precision: That the graphs are written in: fp32 for every engine, fp16 or bf16 for those of a GPU alone.
+        low_memory: Read weights one by one and check layer by layer, for a model that is larger than memory. What was
+            killed goes on where it stopped.
     """
 
     ratios: tuple[Key, ...]
@@ -88,6 +108,7 @@ class ExportSettings:
     overwrite: bool = False
     layout: str = PER_RATIO
     precision: str = "fp32"
+    low_memory: bool = False
 
 
 def export(
@@ -120,7 +141,15 @@ def export(
     if output.exists() and not (output / "manifest.json").exists():
         raise InputError(f"{output} exists and is not a bundle, so it is not overwritten", fix="choose another -o")
     on_stage("loading the model")
-    backbone = model if isinstance(model, Backbone) else load_backbone(model, task, name)
+    if settings.low_memory and (isinstance(model, Backbone) or settings.layout != PER_RATIO):
+        raise InputError("low memory with a loaded backbone or another layout", valid=f"a directory, {PER_RATIO}")
+    load = stream_backbone if settings.low_memory else load_backbone
+    backbone = model if isinstance(model, Backbone) else load(model, task, name)
+    if settings.layout == SHARED and (backbone.config.picture or backbone.decoder):
+        raise InputError(
+            f"layout {SHARED} for a model that {'reads pictures' if backbone.config.picture else 'writes texts'}",
+            valid=f"--layout {PER_RATIO}",
+        )
     plugins = {ratio: _plugin_for(backbone, ratio, settings) for ratio in ratios if ratio != 1}
     profile = _profile(backbone, plugins) if settings.layout == SHARED else None
     for plugin in plugins.values():
@@ -130,15 +159,41 @@ def export(
                 f"{backbone.task} has no place for",
                 valid="--layout shared and task embed",
             )
-    with directory_written_whole(output, replace=settings.overwrite) as directory:
-        entries = _export_ratios(backbone, plugins, ratios, profile, settings.precision, directory, on_stage)
-        backbone.tokenizer.save_pretrained(directory)
+    with _place(output, backbone, plugins, settings) as (directory, store):
+        entries = _export_ratios(backbone, plugins, ratios, profile, settings.precision, store, directory, on_stage)
+        decoder = None
+        if backbone.decoder is not None:
+            decoder = _export_decoder(backbone, backbone.decoder, settings.precision, store, directory, on_stage)
+        if backbone.tokenizer is not None:
+            backbone.tokenizer.save_pretrained(directory)
         for file in directory.iterdir():  # a tokenizer may bring folders or code; a bundle is flat data
             if file.is_dir():
                 shutil.rmtree(file)
         on_stage("writing the manifest")
-        write_manifest(directory, _manifest(backbone, entries, profile, settings.precision, directory))
+        manifest = _manifest(backbone, entries, profile, settings.precision, directory)
+        write_manifest(directory, replace(manifest, decoder=decoder))
     return Bundle.open(output)
+
+
+@contextlib.contextmanager
+def _place(
+    output: Path, backbone: Backbone, plugins: Mapping[Key, Plugin], settings: ExportSettings
+) -> Iterator[tuple[Path, WeightStore]]:
+    """Where a bundle is written, and its weights: renamed to `output` when it is whole."""
+    if backbone.stream is None:
+        with directory_written_whole(output, replace=settings.overwrite) as directory:
+            yield directory, WeightStore(directory)
+        return
+    made_from = [
+        variator.__version__,
+        backbone.fingerprint,
+        backbone.task,
+        backbone.id,
+        settings.precision,
+        [plugin.digest for plugin in plugins.values()],
+    ]
+    with directory_resumed(output, made_from, replace=settings.overwrite) as (directory, beside):
+        yield directory, WeightStore(directory, beside / JOURNAL)
 
 
 def _plugin_for(backbone: Backbone, ratio: Key, settings: ExportSettings) -> Plugin:
@@ -178,33 +233,44 @@ def _export_ratios(
     ratios: Sequence[Key],
     profile: SharedProfile | None,
     precision: str,
+    store: WeightStore,
     directory: Path,
     on_stage: Callable[[str], None],
 ) -> dict[Key, RatioEntry]:
-    store = WeightStore(directory)
     if profile is not None:
         _write_shared(backbone, profile, precision, store, directory, on_stage)
     cases = _cases(backbone)
     hidden = backbone.config.hidden_size
+    length = backbone.max_length if backbone.config.picture else FLOPS_LENGTH
     head = gate_head(hidden) if profile and profile.head else None
     entries: dict[Key, RatioEntry] = {}
+    if backbone.stream is not None:
+        on_stage("running the model in PyTorch, layer by layer")
+        expect(backbone, {ratio: plugins.get(ratio) for ratio in ratios}, cases, _told(on_stage, "PyTorch"))
     for ratio in ratios:
         plugin = plugins.get(ratio)
         graph = directory / (SHARED_GRAPH if plugin and profile else f"{setting_name(ratio)}.onnx")
         if profile is None:
             on_stage(f"exporting ratio {ratio}")
-            _write_graph(export_graph(backbone, plugin), precision, store, graph, _data_file(ratio))
+            _write_graph(export_graph(backbone, plugin), backbone, precision, store, graph, _data_file(ratio))
         beside = graph_inputs(profile, hidden, plugin, head)
         on_stage(f"checking ratio {ratio} against PyTorch")
-        module = Compressed(backbone.model, plugin).eval()
-        for case in cases:
-            case.expected[ratio] = reference_outputs(backbone, module, case.feed)
-            if head is not None:
-                add_logits(case.expected[ratio], head)
         own = graph_inputs(profile, hidden, plugin, plugin.head if plugin else None)
-        with _runnable(graph, precision) as path:
-            error = _gate(path, precision, cases, ratio, beside)
-            flops = _flops(path, entries, own)
+        if backbone.stream is not None:
+            tokens = {name: np.full((1, FLOPS_LENGTH), name == "attention_mask", np.int64) for name in backbone.inputs}
+            error, (counted,) = check_in_pieces(
+                graph, precision, cases, ratio, [tokens], _told(on_stage, f"ratio {ratio}")
+            )
+        else:
+            module = Compressed(backbone.model, plugin).eval()
+            for case in cases:
+                case.expected[ratio] = reference_outputs(backbone, module, case.feed)
+                if head is not None:
+                    add_logits(case.expected[ratio], head)
+            with _runnable(graph, precision) as path:
+                error = _gate(path, precision, cases, ratio, beside)
+                counted = count_flops(path, length, own)
+        flops = _flops(counted, length, entries)
         if ratio == 1 and profile is not None:  # exact without its plugin, too
             with _runnable(directory / SHARED_GRAPH, precision) as path:
                 _gate(path, precision, cases, 1, beside | neutral(backbone.config.layers, hidden))
@@ -231,12 +297,76 @@ def _write_shared(
     """The two graphs of a shared layout: all ratios above 1, and ratio 1, which need not pay for them."""
     for name, compressed in (("ratio-1.onnx", False), (SHARED_GRAPH, True)):
         on_stage(f"exporting {name}")
-        _write_graph(export_shared(backbone, profile, compressed), precision, store, directory / name, _data_file(1))
+        _write_graph(
+            export_shared(backbone, profile, compressed), backbone, precision, store, directory / name, _data_file(1)
+        )
+
+
+def _export_decoder(
+    backbone: Backbone,
+    decoder: Decoder,
+    precision: str,
+    store: WeightStore,
+    directory: Path,
+    on_stage: Callable[[str], None],
+) -> DecoderEntry:
+    """The one decoder of all ratios, over the same weights."""
+    on_stage("exporting the decoder")
+    graph = directory / DECODER_GRAPH
+    _write_graph(export_decoder(decoder), backbone, precision, store, graph, _data_file(1))
+    on_stage("checking the decoder against PyTorch")
+    width = cache_width(decoder.config)
+    first, later = (
+        _decoder_feed(decoder, width, *tokens) for tokens in ((FLOPS_LENGTH, 0, 0), (0, FLOPS_LENGTH, FLOPS_BEFORE))
+    )
+    if backbone.stream is not None:
+        cases = expect_of_decoder(backbone, decoder, _told(on_stage, "PyTorch's decoder"))
+        error, (flops, read) = check_in_pieces(
+            graph, precision, cases, 1, [later, first], _told(on_stage, "the decoder")
+        )
+    else:
+        cases = decoder_cases(backbone)
+        with _runnable(graph, precision) as path:
+            error = _gate(path, precision, cases, 1, {})
+            flops, read = counted_flops(path, later), counted_flops(path, first)
+    save_cases(cases, directory / DECODER_GATE_FILE)
+    special = backbone.special
+    shared = {id(parameter) for parameter in backbone.model.parameters()}
+    return DecoderEntry(
+        DECODER_GRAPH,
+        decoder.config.layers,
+        width,
+        special.start,
+        list(special.ends),
+        special.pad,
+        sum(parameter.numel() for parameter in decoder.parameters() if id(parameter) not in shared),
+        {"source": FLOPS_LENGTH, "before": FLOPS_BEFORE, **flops, "first": read["total"]},
+        error,
+    )
+
+
+def _decoder_feed(decoder: Decoder, width: int, new: int, known: int, before: int) -> dict[str, npt.NDArray[Any]]:
+    """One token of one row, with so many tokens of the encoder that are new and known, and so many before it."""
+    return {
+        "input_ids": np.zeros((1, 1), np.int64),
+        "lengths": np.array([new + known]),
+        "hidden": np.zeros((1, new, decoder.config.hidden_size), np.float32),
+        "cross": np.zeros((1, known, width), np.float32),
+        "past": np.zeros((1, before, width), np.float32),
+    }
+
+
+def _picture(backbone: Backbone) -> Picture:
+    if backbone.config.picture is None:
+        raise InputError(f"{backbone.id} has no tokenizer", fix="add tokenizer.json to the checkpoint")
+    return backbone.config.picture
 
 
 def _cases(backbone: Backbone) -> list[Case]:
+    if backbone.tokenizer is None or backbone.config.picture:
+        return [Case(feed, {}) for feed in picture_feeds(_picture(backbone))]
     tokens = backbone.tokenizer(PASSAGE, truncation=True, max_length=backbone.max_length)["input_ids"]
-    text = [token for token in tokens if token != backbone.original.config.pad_token_id]
+    text = [token for token in tokens if token != backbone.checkpoint.pad_token_id]
     feeds = make_feeds(backbone.inputs, backbone.config.vocabulary, backbone.max_length, text)
     return [Case(feed, {}) for feed in feeds]
 
@@ -258,11 +388,17 @@ def _runnable(graph: Path, precision: str) -> Iterator[Path]:
         yield wide
 
 
-def _write_graph(model: onnx_ir.Model, precision: str, store: WeightStore, graph: Path, file: str) -> None:
+def _write_graph(
+    model: onnx_ir.Model, backbone: Backbone, precision: str, store: WeightStore, graph: Path, file: str
+) -> None:
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.metadata_props.clear()
         node.metadata_props[PART_KEY] = part_of(scopes.strip("[]").replace("'", "").split(", "))
+        if layer := re.search(r"\blayers\.(\d+)", scopes):
+            node.metadata_props[LAYER_KEY] = layer[1]
+    if backbone.stream is not None:
+        fill(model, backbone)
     narrow(model, precision)
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "variator", variator.__version__
@@ -272,10 +408,13 @@ def _write_graph(model: onnx_ir.Model, precision: str, store: WeightStore, graph
     onnx_ir.save(model, graph)
 
 
-def _flops(graph: Path, entries: Mapping[Key, RatioEntry], beside: Inputs) -> dict[str, float]:
-    flops = count_flops(graph, FLOPS_LENGTH, beside)
+def _told(on_stage: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    return lambda done, of: on_stage(f"{what}: {done} of {of} pieces")
+
+
+def _flops(flops: Mapping[str, int], length: int, entries: Mapping[Key, RatioEntry]) -> dict[str, float]:
     whole = entries[1].flops["total"] if entries else flops["total"]
-    return {"batch": 1, "sequence": FLOPS_LENGTH, **flops, "saved": round(1 - flops["total"] / whole, 6)}
+    return {"batch": 1, "sequence": length, **flops, "saved": round(1 - flops["total"] / whole, 6)}
 
 
 def _entry(graph: str, plugin: Plugin | None, flops: dict[str, float], error: float) -> RatioEntry:
@@ -317,7 +456,7 @@ def _manifest(
         hidden_size=backbone.config.hidden_size,
         layers=backbone.config.layers,
         vocabulary=backbone.config.vocabulary,
-        parameters=sum(tensor.numel() for tensor in backbone.model.parameters()),
+        parameters=backbone.parameters,
         max_length=backbone.max_length,
         precision=precision,
         inputs=list(backbone.inputs),
@@ -329,4 +468,5 @@ def _manifest(
         layout=PER_RATIO if profile is None else SHARED,
         shared=profile,
         labels=list(backbone.labels),
+        picture=backbone.config.picture,
     )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from variator.errors import GateError
@@ -37,9 +39,9 @@ def part_of(scopes: Sequence[str]) -> str:
 
 
 def count_flops(graph: Path, sequence: int, beside: Inputs | None = None) -> dict[str, int]:
-    """FLOPs (2 x multiply-accumulates) of one row of `sequence` tokens, by part, with `total`.
+    """FLOPs (2 x multiply-accumulates) of one row of `sequence` tokens, or one picture, by part, with `total`.
 
-    Embedding tables cost nothing; a projection behind them counts as head.
+    Embedding tables cost nothing; a projection behind them, or of patches, counts as head.
 
     Args:
         beside: What a shared graph takes beside the tokens, see `toolkit.stack`.
@@ -47,17 +49,29 @@ def count_flops(graph: Path, sequence: int, beside: Inputs | None = None) -> dic
     Raises:
         GateError: If the profile misses a matrix product of the graph.
     """
+    beside = beside or {}
+    feed: dict[str, npt.NDArray[Any]] = dict(beside)
+    for value in onnx.load(graph, load_external_data=False).graph.input:
+        if value.name == "pixel_values":
+            feed[value.name] = np.zeros(
+                (1, *(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:])), np.float32
+            )
+        elif value.name not in beside:
+            feed[value.name] = np.full((1, sequence), value.name == "attention_mask", np.int64)
+    return counted_flops(graph, feed)
+
+
+def counted_flops(graph: Path, feed: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
+    """FLOPs of a graph at what it is fed with, by part, with `total`. Errors as `count_flops`."""
     model = onnx.load(graph, load_external_data=False)
     parts = {
         node.name: next((entry.value for entry in node.metadata_props if entry.key == PART_KEY), "head")
         for node in model.graph.node
         if node.op_type in ("MatMul", "Gemm")
     }
-    beside = beside or {}
-    tokens = [value.name for value in model.graph.input if value.name not in beside]
     counted = dict.fromkeys(PARTS, 0)
     seen = set()
-    for name, shapes in _profiled_shapes(graph, tokens, sequence, beside):
+    for name, shapes in _profiled_shapes(graph, feed):
         if name in parts and name not in seen:
             seen.add(name)
             left, right = shapes[0], shapes[1]
@@ -68,12 +82,9 @@ def count_flops(graph: Path, sequence: int, beside: Inputs | None = None) -> dic
     return counted | {"total": sum(counted.values())}
 
 
-def _profiled_shapes(
-    graph: Path, tokens: Sequence[str], sequence: int, beside: Inputs
-) -> list[tuple[str, list[list[int]]]]:
+def _profiled_shapes(graph: Path, feed: Mapping[str, npt.NDArray[Any]]) -> list[tuple[str, list[list[int]]]]:
     import onnxruntime
 
-    feed = {name: np.full((1, sequence), name == "attention_mask", np.int64) for name in tokens}
     with tempfile.TemporaryDirectory() as directory:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -82,7 +93,7 @@ def _profiled_shapes(
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(directory) / "profile")
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        session.run(None, {**beside, **feed})
+        session.run(None, dict(feed))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     found = []
     for event in events:

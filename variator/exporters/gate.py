@@ -15,21 +15,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from variator.errors import BundleError, GateError
+from variator.errors import BundleError, GateError, InputError
+from variator.toolkit.bundle import Manifest, Picture
 from variator.toolkit.plugin_file import Head
 from variator.toolkit.plugin_format import Key, parse_key
 from variator.toolkit.rows import PER_TOKEN
 from variator.toolkit.stack import LOGITS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from variator.exporters.graph import Compressed
     from variator.toolkit.checkpoint import Backbone
 
 Array = npt.NDArray[np.float32]
-Feed = dict[str, npt.NDArray[np.int64]]
+Feed = dict[str, npt.NDArray[Any]]
 
 SHAPES = ((1, 1), (1, 5), (1, 33), (1, 128), (3, 1), (3, 5), (3, 33), (3, 128))
 """Batch and length of the cases; rows of a batch of 3 are 1/1, 2/3 and 1/3 of the length long."""
+
+DECODER_SHAPES = ((1, 5, 0, 1), (3, 33, 0, 4), (1, 128, 7, 1), (3, 6, 3, 1), (2, 33, 2, 3))
+"""Batch, tokens of the encoder, tokens before, and tokens of the decoder's cases."""
 
 PASSAGE = """The lighthouse at the end of the pier was built in 1871, after a storm had driven three fishing boats onto
 the rocks within a single night. Its lamp burned colza oil at first, later paraffin, and since 1932 it has been
@@ -128,8 +134,25 @@ def reshaped(cases: Sequence[Case], batch: int, length: int) -> Case:
     return Case(feed, expected)
 
 
-def full_feed(inputs: Sequence[str], vocabulary: int, shape: tuple[int, int]) -> Feed:
-    """Random ids without padding at (batch, length): every token of the shape is real work. For measurements."""
+def picture_feeds(picture: Picture, seed: int = 0) -> list[Feed]:
+    """The gate's inputs for a model that reads pictures: noise."""
+    rng = np.random.default_rng(seed)
+    shape = (picture.channels, picture.size, picture.size)
+    return [{"pixel_values": rng.standard_normal((batch, *shape)).astype(np.float32)} for batch in (1, 3)]
+
+
+def full_feed(manifest: Manifest, shape: tuple[int, int]) -> Feed:
+    """Random ids without padding at (batch, length): every token of the shape is real work. For measurements.
+
+    Raises:
+        InputError: For another length than that of the pictures, where a model reads those.
+    """
+    inputs, vocabulary, picture = manifest.inputs, manifest.vocabulary, manifest.picture
+    if picture is not None:
+        if shape[1] != manifest.max_length:
+            raise InputError(f"pictures of {shape[1]} patches", valid=f"{manifest.max_length}, which this model reads")
+        size = (shape[0], picture.channels, picture.size, picture.size)
+        return {"pixel_values": np.random.default_rng(0).standard_normal(size).astype(np.float32)}
     feed = {name: np.zeros(shape, np.int64) for name in inputs}
     feed["input_ids"] = np.random.default_rng(0).integers(0, vocabulary, shape)
     feed["attention_mask"] = np.ones(shape, np.int64)
@@ -141,6 +164,10 @@ def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dic
     import torch
 
     outputs: dict[str, Array] = {}
+    if backbone.config.picture is not None:
+        rows = [_seen(backbone, module, torch.from_numpy(feed["pixel_values"][[row]])) for row in range(_batch(feed))]
+        parts = zip(backbone.outputs, zip(*rows, strict=True), strict=True)
+        return {name: np.concatenate(values) for name, values in parts}
     for row, length in enumerate(feed["attention_mask"].sum(axis=1)):
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(values[row : row + 1, :length]))
@@ -162,6 +189,24 @@ def reference_outputs(backbone: Backbone, module: Compressed, feed: Feed) -> dic
     return outputs
 
 
+def _batch(feed: Feed) -> int:
+    return len(next(iter(feed.values())))
+
+
+def _seen(backbone: Backbone, module: Compressed, pixels: Tensor) -> list[Array]:
+    """PyTorch's outputs for one picture."""
+    import torch
+
+    original: Any = backbone.original
+    with torch.no_grad():
+        if module.config is None:
+            hidden = original(pixel_values=pixels).last_hidden_state
+            results = backbone.model.head(hidden, torch.ones_like(hidden[:, :, 0]))
+        else:
+            results = module.model.look(pixels, module.compression())
+    return [result.numpy() for result in results]
+
+
 def gate_head(hidden: int) -> Head:
     """The classifier that the gate puts on a shared graph's embedding: random, the same for every bundle."""
     rng = np.random.default_rng(0)
@@ -175,11 +220,54 @@ def add_logits(outputs: dict[str, Array], head: Head) -> None:
 
 def _original(backbone: Backbone, tensors: Mapping[str, object]) -> tuple[object, ...]:
     """Ratio 1 by transformers' own code; our head only where transformers has none."""
-    result = backbone.original(**tensors)
+    original: Any = backbone.original
+    result = original.get_encoder()(**tensors) if backbone.decoder is not None else original(**tensors)
     if backbone.task in ("classify", "qa"):
         return tuple(getattr(result, name) for name in backbone.outputs)
     mask = tensors["attention_mask"]
     return tuple(backbone.model.head(result.last_hidden_state, mask.float()))  # type: ignore[attr-defined]
+
+
+def decoder_cases(backbone: Backbone, seed: int = 0) -> list[Case]:
+    """What the decoder is compared with: transformers' own, started and gone on with. Random ids, padded encoders.
+
+    Raises:
+        GateError: If the backbone has no decoder.
+    """
+    import torch
+
+    if backbone.decoder is None:
+        raise GateError(f"{backbone.id} has no decoder")
+    rng = np.random.default_rng(seed)
+    model: Any = backbone.original
+    cases = []
+    for batch, source, before, count in DECODER_SHAPES:
+        rows = np.maximum(1, (source * np.arange(batch, 0, -1)) // batch)
+        mask = torch.from_numpy((np.arange(source)[None, :] < rows[:, None]).astype(np.int64))
+        ids, text = (
+            torch.from_numpy(rng.integers(FIRST_ORDINARY, backbone.config.vocabulary, shape))
+            for shape in ((batch, source), (batch, before + count))
+        )
+        with torch.no_grad():
+            encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
+            (hidden,) = backbone.model.head(encoded.last_hidden_state, mask.float())
+            crossed = backbone.decoder.cross(hidden)
+            whole = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=text, use_cache=True)
+        caches = whole.past_key_values.self_attention_cache.layers
+        parts = [part for layer in caches for part in (layer.keys, layer.values)]  # [batch, heads, tokens, head size]
+        known = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1)
+        first = 0 if before else source  # of what the encoder read, what comes with the first step
+        feed = {
+            "input_ids": text[:, before:],
+            "lengths": mask.sum(dim=1),
+            "hidden": hidden[:, :first],
+            "cross": crossed[:, first:],
+            "past": known[:, :before],
+        }
+        expected = {"logits": whole.logits[:, -1], "present": known}
+        feeds, results = ({n: np.ascontiguousarray(v.numpy()) for n, v in part.items()} for part in (feed, expected))
+        cases.append(Case(feeds, {1: results}))
+    return cases
 
 
 def compare(
@@ -201,13 +289,13 @@ def compare(
     worst = 0.0
     distances = dict.fromkeys(cases[0].expected if cases else [], 0.0)
     for case in cases:
-        shape = "x".join(map(str, case.feed["input_ids"].shape))
+        shape = "x".join(map(str, next(iter(case.feed.values())).shape))
         try:
             outputs = run(case.feed)
         except Exception as error:  # any failure of a runtime on a legal shape fails the gate
             raise GateError(f"{name} cannot run shape {shape}: {error}", valid="any batch and length") from error
         # What lies on padding is nobody's result.
-        real = case.feed["attention_mask"].astype(bool)
+        real = case.feed["attention_mask"].astype(bool) if "attention_mask" in case.feed else ...
         for tensor, expected in case.expected[ratio].items():
             found = outputs[tensor]
             where = f"{name}, tensor {tensor!r}, shape {shape}"

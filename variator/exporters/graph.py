@@ -1,6 +1,7 @@
 """A model -> ONNX graphs, through torch's `torch.export`-based exporter.
 
-`export_graph` makes one ratio's graph with its plugin in it, `export_shared` a graph whose plugin comes as inputs.
+`export_graph` makes one ratio's graph with its plugin in it, `export_shared` a graph whose plugin comes as inputs,
+`export_decoder` the one decoder of all ratios.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from variator.errors import GateError
 from variator.toolkit.bundle import SharedProfile
 from variator.toolkit.checkpoint import Backbone, Model
+from variator.toolkit.decoder import OUTPUTS as DECODED
+from variator.toolkit.decoder import Decoder, cache_width
 from variator.toolkit.encoder import EncoderConfig
 from variator.toolkit.plugin import Compression, compression
 from variator.toolkit.plugin_file import Plugin
@@ -42,6 +45,8 @@ class Compressed(nn.Module):
 
     def __init__(self, model: Model, plugin: Plugin | None) -> None:
         super().__init__()
+        if plugin is not None:
+            model.encoder.config.check(plugin.config)
         self.model = model
         self.plugin = nn.ParameterDict(
             {
@@ -57,10 +62,29 @@ class Compressed(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """int64 [batch, S] each -> the task's outputs."""
-        tensors = {name.replace("/", "."): tensor for name, tensor in self.plugin.items()}
-        plugin = compression(self.config, tensors) if self.config else None
-        outputs: tuple[Tensor, ...] = self.model(input_ids, attention_mask, token_type_ids, plugin)
+        outputs: tuple[Tensor, ...] = self.model(input_ids, attention_mask, token_type_ids, self.compression())
         return outputs
+
+    def compression(self) -> Compression | None:
+        """The plugin, as the encoder runs it."""
+        tensors = {name.replace("/", "."): tensor for name, tensor in self.plugin.items()}
+        return compression(self.config, tensors) if self.config else None
+
+
+class Pictures(nn.Module):
+    """The same for a model that reads pictures.
+
+    Args:
+        compressed: The model with its plugin.
+    """
+
+    def __init__(self, compressed: Compressed) -> None:
+        super().__init__()
+        self.compressed = compressed
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """[batch, channels, size, size] -> the task's outputs."""
+        return self.compressed.model.look(pixel_values, self.compressed.compression())
 
 
 class Shared(nn.Module):
@@ -104,7 +128,14 @@ def export_graph(backbone: Backbone, plugin: Plugin | None) -> onnx_ir.Model:
     Raises:
         GateError: If the exporter used an operator that is not standard or fixed a dimension.
     """
-    model = trace(Compressed(backbone.model, plugin), backbone.inputs, backbone.outputs, OPSET)
+    compressed, picture = Compressed(backbone.model, plugin), backbone.config.picture
+    if picture is None:
+        model = trace(compressed, backbone.inputs, backbone.outputs, OPSET)
+    else:
+        example = torch.ones(2, picture.channels, picture.size, picture.size)
+        batch: dict[int, Any] = {0: torch.export.Dim("batch")}
+        examples = {"pixel_values": (example, batch)}
+        model = _exported(Pictures(compressed), examples, {"pixel_values": batch}, backbone.outputs, OPSET)
     _check_structure(model)
     return model
 
@@ -125,6 +156,25 @@ def export_shared(backbone: Backbone, profile: SharedProfile, compressed: bool) 
     module = Shared(backbone.model, [*backbone.inputs, *beside], profile.activation)
     outputs = [*backbone.outputs, *([LOGITS] if profile.head else [])]
     model = trace(module, backbone.inputs, outputs, OPSET, beside)
+    _check_structure(model)
+    return model
+
+
+def export_decoder(decoder: Decoder) -> onnx_ir.Model:
+    """Export a decoder, to start texts and to go on with them: batch and all lengths dynamic.
+
+    Raises:
+        GateError: As `export_graph`.
+    """
+    width, batch = cache_width(decoder.config), torch.export.Dim("batch")
+    examples: dict[str, Example] = {
+        "input_ids": (torch.ones(2, 3, dtype=torch.int64), {0: batch, 1: torch.export.Dim("tokens")}),
+        "lengths": (torch.ones(2, dtype=torch.int64), {0: batch}),
+        "hidden": (torch.ones(2, 7, decoder.config.hidden_size), {0: batch, 1: torch.export.Dim("new")}),
+        "cross": (torch.ones(2, 4, width), {0: batch, 1: torch.export.Dim("known")}),
+        "past": (torch.ones(2, 5, width), {0: batch, 1: torch.export.Dim("before")}),
+    }
+    model = _exported(decoder, examples, {name: axes for name, (_, axes) in examples.items()}, DECODED, OPSET)
     _check_structure(model)
     return model
 
@@ -165,17 +215,28 @@ def trace(
     """
     example = torch.ones(TRACE_SHAPE, dtype=torch.int64)
     tokens = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    beside = beside or {}
-    dynamic: dict[str, Any] | tuple[Any, ...] = dict.fromkeys(inputs, tokens)
+    examples: dict[str, Example] = {name: (example.clone(), tokens) for name in inputs}
+    axes: dict[str, Any] | tuple[Any, ...] = dict.fromkeys(inputs, tokens)
     if beside:
-        dynamic = ((*(tokens for _ in inputs), *(axes for _, axes in beside.values())),)
+        examples |= beside
+        axes = (tuple(dynamic for _, dynamic in examples.values()),)
+    return _exported(module, examples, axes, outputs, opset)
+
+
+def _exported(
+    module: nn.Module,
+    examples: Mapping[str, Example],
+    dynamic: dict[str, Any] | tuple[Any, ...],
+    outputs: Sequence[str],
+    opset: int | None,
+) -> onnx_ir.Model:
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             module.eval(),
-            (*(example.clone() for _ in inputs), *(value for value, _ in beside.values())),
+            tuple(value for value, _ in examples.values()),
             dynamo=True,
             dynamic_shapes=dynamic,
-            input_names=[*inputs, *beside],
+            input_names=list(examples),
             output_names=list(outputs),
             opset_version=opset,
             verbose=False,
@@ -194,7 +255,8 @@ def _check_structure(model: onnx_ir.Model) -> None:
     for value in model.graph.inputs:
         if value.name in PLUGIN_INPUTS or value.name in HEAD_INPUTS:
             continue
-        fixed = [dim for dim in (value.shape or ()) if isinstance(dim, int)]
+        free = 1 if value.name == "pixel_values" else 2
+        fixed = [dim for dim in (value.shape or ())[:free] if isinstance(dim, int)]
         if value.shape is None or fixed:
             raise GateError(
                 f"the exporter fixed a dimension of input {value.name!r}: {value.shape}", valid="[batch, sequence]"

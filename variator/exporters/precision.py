@@ -8,6 +8,8 @@ takes narrow values and computes its statistics in fp32 (`stash_type` 1, the sta
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -163,10 +165,13 @@ class _Narrowing:
         if tensor is None:
             raise GateError(f"weight {value.name!r} of the graph has no value", fix="export it again")
         name = f"{value.name}/{wanted.name.lower()}"
-        with np.errstate(over="ignore"):
-            array = tensor.numpy().astype(wanted.numpy())
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise GateError(f"weight {value.name!r} does not fit {self.precision}", fix="use bf16 or fp32")
+        convert = partial(_converted, tensor, wanted, name, f"weight {value.name!r} does not fit {self.precision}")
+        if isinstance(tensor, ir.LazyTensor):  # of a model that is larger than memory: converted when it is written
+            lazy = ir.LazyTensor(convert, wanted, ir.Shape(tensor.shape.numpy()), name=name)
+            new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(wanted), const_value=lazy)
+            self.graph.register_initializer(new)
+            return new
+        array = convert().numpy()
         scales = any(
             use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 1 for use in value.uses()
         )
@@ -188,6 +193,15 @@ class _Narrowing:
         wide.name, output.name = output.name, f"{output.name}/{self.precision}"
         self.graph.append(cast)
         return wide
+
+
+def _converted(tensor: ir.TensorProtocol, wanted: ir.DataType, name: str, misfit: str) -> ir.TensorProtocol:
+    """A weight in another precision, or `GateError`."""
+    with np.errstate(over="ignore"):
+        array = tensor.numpy().astype(wanted.numpy())
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise GateError(misfit, fix="use bf16 or fp32")
+    return ir.tensor(array, name=name)
 
 
 def _floating(value: ir.Value) -> bool:
@@ -212,8 +226,14 @@ def widened(model: ir.Model) -> ir.Model:
     """
     for value in list(model.graph.initializers.values()):
         if value.dtype in WIDENING and value.const_value is not None:
-            wide = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-            value.const_value, value.dtype = wide, ir.DataType.FLOAT
+            narrow_one = value.const_value
+            value.const_value = ir.LazyTensor(
+                partial(_widened_tensor, narrow_one),
+                ir.DataType.FLOAT,
+                ir.Shape(narrow_one.shape.numpy()),
+                name=value.name,
+            )
+            value.dtype = ir.DataType.FLOAT
     for node in list(model.graph):
         if node.op_type != "Cast" and any(value is not None and value.dtype in WIDENING for value in node.inputs):
             continue  # moves an input of the graph that is narrow and stays so
@@ -221,6 +241,10 @@ def widened(model: ir.Model) -> ir.Model:
             if output.dtype in WIDENING and output.dtype is not None:
                 _round(model.graph, node, output, output.dtype)
     return model
+
+
+def _widened_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
 def _round(graph: ir.Graph, node: ir.Node, output: ir.Value, dtype: ir.DataType) -> None:

@@ -15,9 +15,9 @@ from variator.errors import BundleError, InputError
 from variator.files import inside, sha256_of, write_atomically
 from variator.toolkit.plugin_format import PLUGIN_FORMAT, Key, PluginConfig, in_order, parse_key
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Version 1 had no layout but `per-ratio`."""
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 1 had no layout but `per-ratio`, version 2 no decoder."""
 
 MANIFEST = "manifest.json"
 PER_RATIO, SHARED = "per-ratio", "shared"
@@ -28,8 +28,18 @@ SHARED_GRAPH = "shared.onnx"
 GATE_FILE = "gate.safetensors"
 """Inputs and PyTorch outputs that every artefact made from the bundle is compared with."""
 
+DECODER_GRAPH, DECODER_GATE_FILE = "decoder.onnx", "gate-decoder.safetensors"
+"""Of a seq2seq bundle: one decoder for all ratios, and what it is compared with."""
 
-_KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool, "list[str]": list, "dict[str, str]": dict}
+
+_KINDS: dict[str, type] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "list[str]": list,
+    "list[int]": list,
+    "dict[str, str]": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,55 @@ class SharedProfile:
 
 
 @dataclass(frozen=True)
+class DecoderEntry:
+    """The decoder of a seq2seq bundle, the same for all ratios.
+
+    Args:
+        graph: File name of its ONNX graph.
+        layers: How many it has.
+        width: Numbers that are kept of each token, see `toolkit.decoder`.
+        start: Token that every text begins with.
+        ends: Tokens that end a text.
+        pad: Token that fills up.
+        parameters: Its own, without the embeddings that it shares with the encoder.
+        flops: Of one token with 128 of the encoder and 16 before it: attention, ffn, head (the vocabulary), total;
+            `first`: of the first, which reads the 128, too.
+        max_abs_error: Largest difference from transformers' own decoder that the gate saw.
+    """
+
+    graph: str
+    layers: int
+    width: int
+    start: int
+    ends: list[int]
+    pad: int
+    parameters: int
+    flops: dict[str, float]
+    max_abs_error: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a vision model reads, in pixels.
+
+    Args:
+        size: Of a side.
+        patch: Side of a patch, which becomes one vector.
+        token: Whether a class token stands before the patches.
+    """
+
+    size: int
+    patch: int
+    channels: int
+    token: bool = False
+
+    @property
+    def patches(self) -> int:
+        """How many there are."""
+        return (self.size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """Size and hash of one file of the bundle."""
 
@@ -107,6 +166,8 @@ class Manifest:
 
     Args:
         labels: Of a classifier's classes, in order; empty for other tasks, and in bundles written before it was there.
+        vocabulary: 0 for models that read pictures.
+        max_length: Longest sequence in tokens; of pictures the only one, in patches.
     """
 
     versions: dict[str, str]
@@ -129,6 +190,8 @@ class Manifest:
     layout: str = PER_RATIO
     shared: SharedProfile | None = None
     labels: list[str] = field(default_factory=list)
+    decoder: DecoderEntry | None = None
+    picture: Picture | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -159,10 +222,15 @@ class Manifest:
             files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
             profile = data.pop("shared", None)
             shared = None if profile is None else SharedProfile(**profile)
-            manifest = Manifest(ratios=ratios, files=files, shared=shared, **data)
+            entry = data.pop("decoder", None)
+            decoder = None if entry is None else DecoderEntry(**entry)
+            entry = data.pop("picture", None)
+            picture = None if entry is None else Picture(**entry)
+            manifest = Manifest(ratios=ratios, files=files, shared=shared, decoder=decoder, picture=picture, **data)
         except (TypeError, ValueError, KeyError, AttributeError, InputError) as error:
             raise BundleError(f"{place} is damaged: {error}", fix=fix) from error
-        parts: list[Manifest | RatioEntry | SharedProfile] = [manifest, *ratios.values(), *([shared] if shared else [])]
+        beside = [part for part in (shared, decoder, picture) if part is not None]
+        parts: list[Part] = [manifest, *ratios.values(), *beside]
         wrong = [problem for part in parts for problem in _wrong_kinds(part)] or _wrong_layout(manifest)
         if wrong:
             raise BundleError(f"{place} is damaged: {'; '.join(wrong)}", fix=fix)
@@ -175,7 +243,10 @@ class Manifest:
         return manifest
 
 
-def _wrong_kinds(part: Manifest | RatioEntry | SharedProfile) -> list[str]:
+Part = Manifest | RatioEntry | SharedProfile | DecoderEntry | Picture
+
+
+def _wrong_kinds(part: Part) -> list[str]:
     """Fields that hold something else than they are declared to."""
     return [
         f"{entry.name} is {getattr(part, entry.name)!r}"
@@ -195,8 +266,13 @@ def _wrong_layout(manifest: Manifest) -> list[str]:
     if (manifest.layout == SHARED) != (manifest.shared is not None):
         return [f"layout {manifest.layout} {'lacks' if manifest.layout == SHARED else 'has'} a shared profile"]
     wrong = [] if 1 in manifest.ratios else ["ratio 1 is not listed"]
-    sizes = ("hidden_size", "layers", "vocabulary", "max_length")
+    sizes = ("hidden_size", "layers", "max_length", *(() if manifest.picture else ("vocabulary",)))
     wrong += [f"{name} is {getattr(manifest, name)}" for name in sizes if getattr(manifest, name) < 1]
+    seen = manifest.picture
+    if seen is not None and (min(seen.size, seen.patch, seen.channels) < 1 or seen.size % seen.patch):
+        wrong.append(f"pictures of {seen.size} in patches of {seen.patch}")
+    elif seen is not None and seen.patches + seen.token != manifest.max_length:
+        wrong.append(f"{seen.patches} patches where max_length is {manifest.max_length}")
     for ratio, entry in manifest.ratios.items():
         through_shared = manifest.layout == SHARED and ratio != 1
         if bool(entry.plugin) != through_shared or (entry.graph == SHARED_GRAPH) != through_shared:
@@ -205,6 +281,11 @@ def _wrong_layout(manifest: Manifest) -> list[str]:
             wrong.append(f"ratio {ratio} has a head")
     named = {name for entry in manifest.ratios.values() for name in (entry.graph, entry.plugin) if name}
     named |= {SHARED_GRAPH} if manifest.layout == SHARED else set()
+    named |= {manifest.decoder.graph, DECODER_GATE_FILE} if manifest.decoder else set()
+    if (manifest.decoder is not None) != (manifest.task == "seq2seq"):
+        wrong.append(f"task {manifest.task} {'has' if manifest.decoder else 'lacks'} a decoder")
+    if manifest.decoder is not None and min(manifest.decoder.width, manifest.decoder.layers) < 1:
+        wrong.append(f"the decoder has {manifest.decoder.layers} layers of {manifest.decoder.width}")
     return [*wrong, *(f"{name!r} is not listed" for name in sorted(named - manifest.files.keys()))]
 
 
@@ -285,9 +366,11 @@ class Bundle:
 
     @property
     def graphs(self) -> list[Path]:
-        """Paths of all its graphs, ratio 1 first; a shared one even if no ratio of the bundle uses it yet."""
-        shared = [inside(self.path, SHARED_GRAPH)] if self.manifest.layout == SHARED else []
-        return list(dict.fromkeys([*(self.graph(ratio) for ratio in self.ratios), *shared]))
+        """Paths of all its graphs, ratio 1 first; a shared one even if no ratio uses it yet; a decoder."""
+        beside = [SHARED_GRAPH] if self.manifest.layout == SHARED else []
+        beside += [self.manifest.decoder.graph] if self.manifest.decoder else []
+        found = [*(self.graph(ratio) for ratio in self.ratios), *(inside(self.path, name) for name in beside)]
+        return list(dict.fromkeys(found))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Bundle:

@@ -1,7 +1,8 @@
 """Load a checkpoint, local or from a hub, into the canonical encoder with its own head.
 
 The task is read from the checkpoint's files: sentence-transformers' `modules.json` means `embed`, a
-`...ForSequenceClassification` architecture `classify`, `...ForQuestionAnswering` `qa`, anything else `hidden`.
+`...ForSequenceClassification` architecture `classify`, `...ForQuestionAnswering` `qa`, `...ForConditionalGeneration`
+`seq2seq`, anything else `hidden`.
 No code from a model directory is ever run.
 """
 
@@ -20,21 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from variator.errors import BackboneError, InputError
-from variator.toolkit.encoder import Encoder, EncoderConfig
+from variator.toolkit.decoder import Decoder
+from variator.toolkit.encoder import Encoder, EncoderConfig, rotary_tables
 from variator.toolkit.families import family_of
-from variator.toolkit.families.base import Family
+from variator.toolkit.families.base import ACTIVATION_NAMES, Classifier, DecoderParts, Family
 from variator.toolkit.heads import OUTPUTS, ClassifyHead, EmbedHead, HiddenHead, QaHead, linear
 from variator.toolkit.plugin import Compression
 from variator.toolkit.random_models import PREFIX, RANDOM_MARK, write_random_checkpoint
+from variator.toolkit.rows import Special
+from variator.toolkit.stream import Layered, Stream, open_stream, placeholders
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 AUTO_CLASSES = {
     "embed": "AutoModel",
     "classify": "AutoModelForSequenceClassification",
     "qa": "AutoModelForQuestionAnswering",
     "hidden": "AutoModel",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
 
 SENTENCE_TRANSFORMERS = [
@@ -68,6 +73,12 @@ class Model(nn.Module):
         outputs: tuple[Tensor, ...] = self.head(hidden, attention_mask.to(hidden.dtype))
         return outputs
 
+    def look(self, pixel_values: Tensor, plugin: Compression | None = None) -> tuple[Tensor, ...]:
+        """The same for pictures: [batch, channels, size, size]."""
+        hidden = self.encoder.look(pixel_values, plugin)
+        outputs: tuple[Tensor, ...] = self.head(hidden, torch.ones_like(hidden[:, :, 0]))
+        return outputs
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -78,32 +89,44 @@ class Backbone:
         family: Name of its family.
         task: A key of `heads.OUTPUTS`.
         model: The canonical encoder and head, in eval mode, fp32, no gradients.
-        original: transformers' own model of the same checkpoint, the reference for ratio 1.
-        tokenizer: transformers' tokenizer.
+        checkpoint: transformers' configuration of it.
+        original: transformers' own model of the same checkpoint, the reference for ratio 1; None with a `stream`.
+        tokenizer: transformers' tokenizer; None for models that read pictures.
         max_length: Longest sequence in tokens the checkpoint allows.
         token_types: Whether `token_type_ids` is an input.
         fingerprint: sha256 over the encoder's tensors; the head is not part of it.
         source: The directory or hub id it was loaded from.
         real: False for a checkpoint with random weights.
+        decoder: Of task seq2seq; shares its embedding table with the encoder.
+        stream: Where the tensors are that `model` and `decoder` hold placeholders for, if it was loaded for low memory.
     """
 
     id: str
     family: str
     task: str
     model: Model
-    original: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    checkpoint: PretrainedConfig
+    original: PreTrainedModel | None
+    tokenizer: Any
     max_length: int
     token_types: bool
     fingerprint: str
     source: str
     real: bool = True
     pooling: dict[str, Any] = field(default_factory=dict)
+    decoder: Decoder | None = None
+    stream: Stream | None = None
 
     @property
     def config(self) -> EncoderConfig:
         """Sizes of the encoder."""
         return self.model.encoder.config
+
+    @property
+    def parameters(self) -> int:
+        """How many there are, each once; those of a decoder, too."""
+        modules = [self.model, *([self.decoder] if self.decoder is not None else [])]
+        return sum({id(one): one.numel() for module in modules for one in module.parameters()}.values())
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -115,22 +138,40 @@ class Backbone:
         """Names of a classifier's classes, in order; empty for other tasks."""
         if not isinstance(self.model.head, ClassifyHead):
             return ()
-        named = self.original.config.id2label or {}
+        named = self.checkpoint.id2label or {}
         return tuple(str(named.get(place, "")) for place in range(self.model.head.output.weight.shape[1]))
+
+    @property
+    def special(self) -> Special:
+        """What texts are generated with.
+
+        Raises:
+            BackboneError: If the checkpoint does not say which token starts a text and which ends it.
+        """
+        config: Any = getattr(self.original, "generation_config", None) or self.checkpoint
+        start, ends, pad = config.decoder_start_token_id, config.eos_token_id, config.pad_token_id
+        if start is None or ends is None or pad is None:
+            raise BackboneError(
+                f"{self.id} does not say how texts begin, end and are padded",
+                valid="decoder_start_token_id, eos_token_id and pad_token_id in generation_config.json or config.json",
+            )
+        return Special(start, tuple(ends) if isinstance(ends, list) else (ends,), pad)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
+        if self.config.picture:
+            return ("pixel_values",)
         return ("input_ids", "attention_mask") + (("token_type_ids",) if self.token_types else ())
 
 
 def fingerprint(family: Family, weights: Mapping[str, Tensor], config: PretrainedConfig) -> str:
-    """sha256 over the checkpoint's encoder tensors as stored: what a plugin was trained for.
+    """sha256 over the checkpoint's encoder tensors as stored (and prepared): what a plugin was trained for.
 
     The folded tensors of `Encoder` would not do: their last bits depend on the machine's matrix product.
     """
     digest = hashlib.sha256()
-    for name in family.encoder_sources(config):
+    for name in family.encoder_sources(weights, config):
         tensor = weights[name].float().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().data)
@@ -169,22 +210,29 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
         )
     config = _load(transformers.AutoConfig, model)
     family = family_of(config.model_type)
+    if family.picture is not None:  # of a model of texts and pictures its vision tower
+        config = getattr(config, "vision_config", config)
     files = _sentence_transformers_files(model, directory)
     task = task or _detect_task(config, files)
-    original = _load_original(getattr(transformers, AUTO_CLASSES[task]), model, task, family)
-    weights = {
-        key.removeprefix(f"{original.base_model_prefix}."): value for key, value in original.state_dict().items()
-    }
-    encoder = Encoder(family.encoder_config(config))
-    encoder.load_state_dict({k: v.float() for k, v in family.encoder_weights(weights, config).items()}, assign=True)
-    head, pooling = _head(task, family, weights, files)
-    tokenizer = _load(transformers.AutoTokenizer, model)
+    sizes = family.encoder_config(config)
+    original = _load_original(_class_of(family, config, task), model, task, family)
+    stored = {key.removeprefix(f"{original.base_model_prefix}."): value for key, value in original.state_dict().items()}
+    weights = family.prepare(stored, config)
+    encoder = Encoder(sizes)
+    state = family.encoder_weights(weights, config)
+    encoder.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    decoder = None
+    if task == "seq2seq" and family.decoder is not None:
+        decoder = _decoder(family.decoder(weights, config, sizes), encoder.table)
+    head, pooling = _head(task, family, weights, files, config)
+    tokenizer = None if sizes.picture else _load(transformers.AutoTokenizer, model)
     limit = int(files.get("sentence_bert_config.json", {}).get("max_seq_length") or encoder.config.max_length)
     return Backbone(
         id=name or (directory.resolve().name if directory.exists() else model),
         family=family.name,
         task=task,
         model=Model(encoder, head).eval().requires_grad_(False),
+        checkpoint=config,
         original=original,
         tokenizer=tokenizer,
         max_length=min(limit, encoder.config.max_length),
@@ -193,7 +241,106 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
         source=model,
         real=not getattr(config, RANDOM_MARK, False),
         pooling=pooling,
+        decoder=None if decoder is None else decoder.eval().requires_grad_(False),
     )
+
+
+def stream_backbone(model: str, task: str | None = None, name: str | None = None) -> Backbone:
+    """A checkpoint in a local directory, opened without reading it: for models that are larger than memory.
+
+    What it holds computes nothing: its large tensors are placeholders. `exporters.low_memory` exports it.
+
+    Raises:
+        BackboneError: As `load_backbone`, and for a checkpoint that is not in safetensors files, or lacks a tensor.
+        InputError: For an unknown task.
+    """
+    import transformers
+
+    if task is not None and task not in OUTPUTS:
+        raise InputError(f"unknown task {task!r}", valid=", ".join(OUTPUTS))
+    _quiet()
+    directory = Path(model)
+    if not directory.is_dir():
+        raise BackboneError(f"{model!r} is no directory", valid="a local checkpoint for --low-memory")
+    config = _load(transformers.AutoConfig, model)
+    family = family_of(config.model_type)
+    if family.picture is not None:
+        raise BackboneError(f"{config.model_type!r} is not exported with low memory", fix="leave --low-memory out")
+    files = _sentence_transformers_files(model, directory)
+    task = task or _detect_task(config, files)
+    auto = _class_of(family, config, task)
+    concrete = auto._model_mapping[type(config)] if hasattr(auto, "_model_mapping") else auto
+    prefix = f"{concrete.base_model_prefix}."
+    weights = Layered(open_stream(model, prefix), family, config)
+    sizes = family.encoder_config(config)
+    decodes = task == "seq2seq" and family.decoder is not None
+    parts = family.decoder(weights, config, sizes) if decodes and family.decoder else None
+    stream = Stream(weights, family, config, parts)
+    with torch.device("meta"):
+        encoder = Encoder(sizes)
+    encoder.rotary = rotary_tables(sizes)
+    placeholders(encoder, stream.encoder)
+    decoder = None if parts is None else _placeholder_decoder(parts, encoder.table, stream)
+    head, pooling = _head(task, family, weights, files, config)
+    limit = int(files.get("sentence_bert_config.json", {}).get("max_seq_length") or sizes.max_length)
+    return Backbone(
+        id=name or directory.resolve().name,
+        family=family.name,
+        task=task,
+        model=Model(encoder, head).eval().requires_grad_(False),
+        checkpoint=config,
+        original=None,
+        tokenizer=_load(transformers.AutoTokenizer, model),
+        max_length=min(limit, sizes.max_length),
+        token_types=sizes.token_types > 1 and task != "embed",
+        fingerprint=fingerprint(family, weights, config),
+        source=model,
+        real=not getattr(config, RANDOM_MARK, False),
+        pooling=pooling,
+        decoder=None if decoder is None else decoder.eval().requires_grad_(False),
+        stream=stream,
+    )
+
+
+def _placeholder_decoder(parts: DecoderParts, token: nn.Embedding, stream: Stream) -> Decoder:
+    """A decoder that holds nothing, over the encoder's embedding table."""
+    output = None if parts.output is None else nn.Parameter(torch.empty(parts.output.shape, device="meta"), False)
+    with torch.device("meta"):
+        decoder = Decoder(parts.config, token, output, parts.scale)
+    placeholders(decoder, stream.decoder, {"token.weight": token.weight})
+    return decoder
+
+
+def _decoder(parts: DecoderParts, token: nn.Embedding) -> Decoder:
+    """A decoder with its tensors, over the encoder's embedding table."""
+    output = None if parts.output is None else nn.Parameter(parts.output.float())
+    decoder = Decoder(parts.config, token, output, parts.scale)
+    tables = {"token.weight": token.weight, **({} if output is None else {"vocabulary": output})}
+    decoder.load_state_dict({**{k: v.float() for k, v in parts.state().items()}, **tables}, assign=True)
+    return decoder
+
+
+def _class_of(family: Family, config: PretrainedConfig, task: str) -> Any:
+    """transformers' class for a family's encoder with a task's head.
+
+    Raises:
+        BackboneError: If there is none, or its head is not computed here.
+    """
+    import transformers
+
+    encoder_alone = AUTO_CLASSES[task] == "AutoModel"
+    computed = {
+        "classify": family.classifier is not None,
+        "qa": family.answers and not family.auto_classes,
+        "seq2seq": family.decoder is not None,
+    }
+    if not computed.get(task, True):
+        valid = [name for name in AUTO_CLASSES if computed.get(name, True)]
+        raise BackboneError(
+            f"task {task} is not supported for {config.model_type!r}", valid=f"{', '.join(valid)} (--task)"
+        )
+    own = family.auto_classes.get(config.model_type) if encoder_alone else None
+    return getattr(transformers, own or AUTO_CLASSES[task])
 
 
 def _quiet() -> None:
@@ -219,7 +366,7 @@ def _load(auto_class: Any, model: str, **options: Any) -> Any:
 
 def _load_original(auto_class: Any, model: str, task: str, family: Family) -> PreTrainedModel:
     original, report = _load(auto_class, model, output_loading_info=True, dtype=torch.float32)
-    head_of_pooler = task == "classify" and family.classifier.dense.startswith("pooler")
+    head_of_pooler = task == "classify" and bool(family.classifier and family.classifier.dense.startswith("pooler"))
     missing = [key for key in report["missing_keys"] if head_of_pooler or ".pooler." not in f".{key}"]
     if missing:
         raise BackboneError(
@@ -236,6 +383,8 @@ def _detect_task(config: PretrainedConfig, files: Mapping[str, Any]) -> str:
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         return "classify"
+    if architecture.endswith("ForConditionalGeneration"):
+        return "seq2seq"
     return "qa" if architecture.endswith("ForQuestionAnswering") else "hidden"
 
 
@@ -293,18 +442,38 @@ def _sentence_transformers_files(model: str, directory: Path) -> dict[str, Any]:
 
 
 def _head(
-    task: str, family: Family, weights: Mapping[str, Tensor], files: Mapping[str, Any]
+    task: str, family: Family, weights: Mapping[str, Tensor], files: Mapping[str, Any], config: PretrainedConfig
 ) -> tuple[nn.Module, dict[str, Any]]:
     if task == "embed":
         return _embed_head(files)
-    if task == "classify":
-        names = family.classifier
-        dense = linear(weights[f"{names.dense}.weight"], weights[f"{names.dense}.bias"])
-        output = linear(weights[f"{names.output}.weight"], weights[f"{names.output}.bias"])
-        return ClassifyHead(dense, names.activation, output), {}
+    if task == "classify" and family.classifier is not None:
+        return _classify_head(family.classifier, weights, config), {}
     if task == "qa":
         return QaHead(linear(weights["qa_outputs.weight"], weights["qa_outputs.bias"])), {}
     return HiddenHead(), {}
+
+
+def _classify_head(names: Classifier, weights: Mapping[str, Tensor], config: PretrainedConfig) -> ClassifyHead:
+    dense, output = (
+        linear(weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in (names.dense, names.output)
+    )
+    activation = names.activation
+    if names.activation_setting:
+        activation = ACTIVATION_NAMES.get(getattr(config, names.activation_setting), "")
+    pooling = getattr(config, names.pooling_setting) if names.pooling_setting else "cls"
+    if not activation or pooling not in ("cls", "mean"):
+        raise BackboneError(
+            f"a classifier with {getattr(config, names.activation_setting)!r} and pooling {pooling!r} is not supported",
+            valid=f"{', '.join(ACTIVATION_NAMES)}; cls or mean",
+        )
+    norm = None
+    if names.norm:
+        bias = weights.get(f"{names.norm}.bias")
+        norm = torch.nn.LayerNorm(output.weight.shape[0], getattr(config, "norm_eps", 1e-5), bias=bias is not None)
+        norm.weight = torch.nn.Parameter(weights[f"{names.norm}.weight"])
+        if bias is not None:
+            norm.bias = torch.nn.Parameter(bias)
+    return ClassifyHead(dense, activation, output, norm, pooling)
 
 
 def _embed_head(files: Mapping[str, Any]) -> tuple[EmbedHead, dict[str, Any]]:

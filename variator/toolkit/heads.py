@@ -18,8 +18,9 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "classify": ("logits",),
     "qa": ("start_logits", "end_logits"),
     "hidden": ("last_hidden_state",),
+    "seq2seq": ("last_hidden_state",),
 }
-"""Task -> names of its outputs, in order."""
+"""Task -> names of its outputs, in order; of seq2seq those of the encoder, for `toolkit.decoder`."""
 
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_length")
 
@@ -34,6 +35,13 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return module
 
 
+def mean(hidden: Tensor, mask: Tensor, by_root: bool = False) -> Tensor:
+    """The tokens' mean, or their sum over the root of their number: [batch, S, d], [batch, S] -> [batch, d]."""
+    length = mask.sum(dim=1, keepdim=True).clamp(min=1e-9)
+    total = torch.matmul(mask.unsqueeze(1), hidden * mask.unsqueeze(-1)).squeeze(1)
+    return total / (length.sqrt() if by_root else length)
+
+
 class EmbedHead(nn.Module):
     """sentence-transformers' pooling, optional dense map and optional normalisation."""
 
@@ -45,15 +53,13 @@ class EmbedHead(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """hidden: [batch, S, d], mask: [batch, S] in its type -> ([batch, d],)."""
-        wide = mask.unsqueeze(-1)
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         elif self.pooling == "max":
+            wide = mask.unsqueeze(-1)
             pooled = (hidden * wide + (1.0 - wide) * MASKED).amax(dim=1)
         else:
-            length = mask.sum(dim=1, keepdim=True).clamp(min=1e-9)
-            total = torch.matmul(mask.unsqueeze(1), hidden * wide).squeeze(1)
-            pooled = total / (length.sqrt() if self.pooling == "mean_sqrt_length" else length)
+            pooled = mean(hidden, mask, self.pooling == "mean_sqrt_length")
         if self.dense is not None:
             pooled = self.dense(pooled)
             pooled = ACTIVATIONS[self.activation](pooled) if self.activation else pooled
@@ -61,15 +67,19 @@ class EmbedHead(nn.Module):
 
 
 class ClassifyHead(nn.Module):
-    """out(activation(dense(first token)))."""
+    """out(norm(activation(dense(first token)))), or of the mean of all; a norm only where the model has one."""
 
-    def __init__(self, dense: Linear, activation: str, output: Linear) -> None:
+    def __init__(
+        self, dense: Linear, activation: str, output: Linear, norm: nn.LayerNorm | None = None, pooling: str = "cls"
+    ) -> None:
         super().__init__()
-        self.dense, self.activation, self.output = dense, activation, output
+        self.dense, self.activation, self.output, self.norm, self.pooling = dense, activation, output, norm, pooling
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """hidden: [batch, S, d] -> ([batch, classes],)."""
-        return (self.output(ACTIVATIONS[self.activation](self.dense(hidden[:, 0]))),)
+        """hidden: [batch, S, d], mask: [batch, S] in its type -> ([batch, classes],)."""
+        pooled = hidden[:, 0] if self.pooling == "cls" else mean(hidden, mask)
+        y = ACTIVATIONS[self.activation](self.dense(pooled))
+        return (self.output(y if self.norm is None else self.norm(y)),)
 
 
 class QaHead(nn.Module):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from variator.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 PREFIX = "random:"
 RANDOM_MARK = "variator_random_weights"
@@ -24,28 +30,110 @@ SIZES: dict[str, dict[str, int]] = {
 }
 """BERT sizes by name; vocabulary 30,522 unless said otherwise."""
 
+T5_SIZES: dict[str, dict[str, int]] = {
+    "t5-tiny": {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 120},
+    "t5-base": {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 12},
+    "t5-large": {"d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 16, "num_layers": 24},
+    "t5-3b": {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_heads": 32, "num_layers": 24},
+    "t5-11b": {"d_model": 1024, "d_ff": 65536, "d_kv": 128, "num_heads": 128, "num_layers": 24},
+}
+"""T5 v1.0 sizes by name; vocabulary 32,128 unless said otherwise."""
+
+
+def random_config(size: str) -> PretrainedConfig:
+    """The configuration of a random model.
+
+    Raises:
+        InputError: For an unknown size.
+    """
+    from transformers import BertConfig, T5Config
+
+    if size in SIZES:
+        config: PretrainedConfig = BertConfig(**{"vocab_size": 30522, **SIZES[size]})
+    elif size in T5_SIZES:
+        ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 3}  # of the word tokenizer
+        config = T5Config(**{"vocab_size": 32128, **ends, **T5_SIZES[size]})
+    else:
+        valid = ", ".join(f"{PREFIX}{name}" for name in (*SIZES, *T5_SIZES))
+        raise InputError(f"no random model of size {size!r}", valid=valid)
+    setattr(config, RANDOM_MARK, True)
+    return config
+
 
 def write_random_checkpoint(size: str, directory: Path, seed: int = 0) -> Path:
-    """Write a BERT checkpoint with random weights and a word tokenizer of made-up words.
+    """Write a BERT, or a T5 with its decoder, with random weights and a word tokenizer of made-up words.
 
     Args:
-        size: Key of `SIZES`.
+        size: Key of `SIZES` or `T5_SIZES`.
 
     Raises:
         InputError: For an unknown size.
     """
     import torch
-    from transformers import BertConfig, BertModel
+    from transformers import BertModel, T5ForConditionalGeneration
 
-    if size not in SIZES:
-        raise InputError(f"no random model of size {size!r}", valid=", ".join(f"{PREFIX}{name}" for name in SIZES))
+    config = random_config(size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = BertConfig(**{"vocab_size": 30522, **SIZES[size]})
-        setattr(config, RANDOM_MARK, True)
-        BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+        model = BertModel(config, add_pooling_layer=False) if size in SIZES else T5ForConditionalGeneration(config)
+        model.save_pretrained(directory)
     write_word_tokenizer(config.vocab_size, directory)
     return directory
+
+
+def write_random_shards(size: str, directory: Path, shard_bytes: int = 1 << 30, seed: int = 0) -> Path:
+    """Write a T5 in bf16, shard by shard, without ever holding all of it.
+
+    Args:
+        size: Key of `T5_SIZES`.
+        shard_bytes: Of a file, about; a tensor is never cut.
+
+    Raises:
+        InputError: For an unknown size.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import T5ForConditionalGeneration
+
+    if size not in T5_SIZES:
+        raise InputError(f"no random T5 of size {size!r}", valid=", ".join(T5_SIZES))
+    config = random_config(size)
+    config.architectures = ["T5ForConditionalGeneration"]
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = [(name, tuple(one.shape)) for name, one in T5ForConditionalGeneration(config).named_parameters()]
+    places: dict[str, str] = {}
+    held: dict[str, torch.Tensor] = {}
+
+    def write() -> None:
+        file = f"model-{len(set(places.values())) + 1:05d}.safetensors"
+        save_file(held, directory / file, {"format": "pt"})
+        places.update(dict.fromkeys(held, file))
+        held.clear()
+
+    for name, shape in shapes:
+        held[name] = _drawn(name, shape, config.d_kv, generator).to(torch.bfloat16)
+        if sum(2 * one.numel() for one in held.values()) >= shard_bytes:
+            write()
+    if held:
+        write()
+    index = {"metadata": {}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_word_tokenizer(config.vocab_size, directory)
+    return directory
+
+
+def _drawn(name: str, shape: tuple[int, ...], head_size: int, generator: torch.Generator) -> torch.Tensor:
+    """A tensor of T5 as its training began: Raffel et al. do not scale attention, but its queries' weights."""
+    import torch
+
+    if len(shape) == 1:
+        return torch.ones(shape)
+    inputs = 1 if name.startswith("shared") else shape[1] * head_size if name.endswith(".q.weight") else shape[1]
+    drawn: torch.Tensor = torch.randn(shape, generator=generator) * float(inputs) ** -0.5
+    return drawn
 
 
 def write_word_tokenizer(vocabulary: int, directory: Path) -> None:

@@ -20,14 +20,19 @@ PADDING = {"start_logits": -3.0e4, "end_logits": -3.0e4}
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised input: token ids and token types, of one length."""
+    """One tokenised input: token ids and token types, of one length.
+
+    Args:
+        pixels: Of a picture, fp32 [channels, size, size]; its patches then are the ids, all 0.
+    """
 
     ids: Sequence[int]
     types: Sequence[int]
+    pixels: npt.NDArray[np.float32] | None = None
 
 
-Input = str | tuple[str, str] | Sequence[int] | Row
-"""A text, a pair of texts, token ids, or token ids with their types."""
+Input = str | tuple[str, str] | Sequence[int] | Row | npt.NDArray[np.float32]
+"""A text, a pair of texts, token ids, token ids with their types, or a picture [channels, size, size]."""
 
 Encode = Callable[[Sequence[Input]], Outputs]
 """Whatever answers inputs with a task's outputs: PyTorch, an engine, a runtime. Texts beyond its limit are cut."""
@@ -52,3 +57,18 @@ def place(
             outputs[name][index, : lengths[index]] = values[row, : lengths[index]]
         else:
             outputs[name][index] = values[row]
+
+
+@dataclass(frozen=True)
+class Special:
+    """Token ids with a meaning of their own, for texts that are generated.
+
+    Args:
+        start: What every text begins with; not part of the result.
+        ends: Any of these ends a text, and is its last token.
+        pad: What shorter ones are filled up with meanwhile.
+    """
+
+    start: int
+    ends: tuple[int, ...]
+    pad: int

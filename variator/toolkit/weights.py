@@ -6,6 +6,8 @@ Graphs keep small tensors inline and point to large ones by file, offset and len
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -20,25 +22,71 @@ if TYPE_CHECKING:
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph."""
 
+Place = tuple[str, int, int]
+"""File, offset and length of a tensor."""
+
 ALIGNMENT = 4096
 """Offsets are page-aligned, so that a runtime can map a tensor instead of reading it."""
 
 
 class WeightStore:
-    """Appends tensors to data files in a directory and remembers where each content lies."""
+    """Appends tensors to data files in a directory and remembers where each content lies.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._places: dict[str, tuple[str, int, int]] = {}
+    Args:
+        journal: Where every step is written down, so that work that was killed goes on where it stopped; what the data
+            files hold beyond it is cut off.
 
-    def add(self, data: bytes | memoryview, file: str) -> tuple[str, int, int]:
-        """Where these bytes lie (file, offset, length): in an earlier place if known, else appended to `file`."""
+    Raises:
+        BundleError: If the journal tells of bytes that are not there.
+    """
+
+    def __init__(self, directory: Path, journal: Path | None = None) -> None:
+        self._directory, self._journal = directory, journal
+        self._places: dict[str, Place] = {}
+        self._named: dict[str, Place] = {}
+        if journal is not None:
+            self._resume(journal)
+
+    def _resume(self, journal: Path) -> None:
+        """Know what was written before, and cut off what was not finished."""
+        lines, ends = [], dict[str, int]()
+        for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+            try:
+                address, name, (file, offset, length) = json.loads(line)
+            except ValueError:  # the line that was being written
+                break
+            lines.append(line)
+            self._places[address] = (file, offset, length)
+            if name:
+                self._named[name] = self._places[address]
+            ends[file] = max(ends.get(file, 0), offset + length)
+        journal.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        for path in self._directory.glob("*.data"):
+            end = ends.pop(path.name, 0)
+            if path.stat().st_size < end:
+                raise BundleError(f"{path} is shorter than its journal says", fix="export again with --overwrite")
+            os.truncate(path, end)
+        if ends:
+            raise BundleError(f"{self._directory / next(iter(ends))} is gone", fix="export again with --overwrite")
+
+    def add(self, data: bytes | memoryview, file: str, name: str = "") -> Place:
+        """Where these bytes lie (file, offset, length): in an earlier place if known, else appended to `file`.
+
+        Args:
+            name: By which `named` is to find them again.
+        """
         address = hashlib.sha256(data).hexdigest()
-        if address not in self._places:
+        known = address in self._places
+        if not known:
             with (self._directory / file).open("ab") as out:
                 offset = _pad(out)
                 out.write(data)
             self._places[address] = (file, offset, len(data))
+        if name:
+            self._named[name] = self._places[address]
+        if self._journal is not None and (name or not known):
+            with self._journal.open("a", encoding="utf-8") as out_line:
+                out_line.write(json.dumps([address, name, self._places[address]]) + "\n")
         return self._places[address]
 
     def externalise(self, model: onnx_ir.Model, file: str) -> None:
@@ -49,7 +97,10 @@ class WeightStore:
             tensor = value.const_value
             if tensor is None or tensor.nbytes <= INLINE_BYTES:
                 continue
-            location, offset, length = self.add(tensor.tobytes(), file)
+            # What takes work to get is known by its name, which is the same in all graphs, and computed once.
+            name = str(value.name) if isinstance(tensor, ir.LazyTensor) else ""
+            place = self._named.get(name) or self.add(tensor.tobytes(), file, name)
+            location, offset, length = place
             value.const_value = ir.ExternalTensor(
                 location,
                 offset,

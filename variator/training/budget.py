@@ -81,10 +81,11 @@ def layer_flops(sizes: EncoderConfig, sequence: int, sites: LayerSites) -> float
     Args:
         sites: Ratio and rank of its compressed sites, by name.
     """
-    d, inner = sizes.hidden_size, sizes.intermediate_size
+    d, inner, width = sizes.hidden_size, sizes.intermediate_size, sizes.attention_size
     padded = {site: math.ceil(sequence / size.ratio) for site, size in sites.items()}
     groups, keys = padded.get("ffn", sequence), padded.get("kv", sequence)
-    total = 2 * sequence * d * d + 2 * keys * d * d + 2 * sequence * keys * d + 2 * groups * d * inner
+    total = 2 * width * (sequence * d + keys * d + sequence * keys) + (3 if sizes.gated else 2) * groups * d * inner
+    total += 2 * sequence * width * sizes.relative_rows
     if "ffn" in sites:
         k, r = sites["ffn"]
         total += groups * (k * k * d + k * d + d * r) + groups * k * 2 * d * r

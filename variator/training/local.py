@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from variator.toolkit.checkpoint import Model
-from variator.toolkit.encoder import masked_scores
 from variator.toolkit.plugin import compressed_ffn, compressed_memory
 from variator.toolkit.plugin_format import Key, PluginConfig, layer_operands
+from variator.toolkit.positions import Context
 from variator.training.batch import Batch
 from variator.training.objective import Losses, normalised_error
 
@@ -49,7 +49,7 @@ def local_step(
     with torch.no_grad(), whole(encoder.embeddings):
         teacher = encoder.embeddings(ids, types)
     teacher, float_mask = F.pad(teacher, (0, 0, lead, 0)), F.pad(mask.to(teacher.dtype), (lead, 0))
-    scores_mask = masked_scores(float_mask)
+    contexts: dict[int, list[Context]] = {}  # by how many streams lie in one batch
     students = {config.key: teacher for config in configs}
     errors: dict[Key, list[Tensor]] = {config.key: [] for config in configs}
     memories: dict[Key, list[Tensor]] = {config.key: [] for config in configs}
@@ -59,25 +59,30 @@ def local_step(
             with torch.no_grad():
                 plain = [key for key in students if "kv" not in sites[key]]
                 together = torch.cat([teacher, *(students[key] for key in plain)])
-                masks = scores_mask.repeat(1 + len(plain), 1, 1, 1)
-                attended, *others = torch.split(layer.attend(together, masks), len(ids))
-                students |= dict(zip(plain, others, strict=True))
-                teacher = layer.finish(attended, layer.ffn(attended))
+                count = 1 + len(plain)
+                if count not in contexts:
+                    contexts[count] = encoder.contexts(float_mask.repeat(count, 1))
+                past, read = layer.attend(together, contexts[count][index])
+                halves = list(zip(torch.split(past, len(ids)), torch.split(read, len(ids)), strict=True))
+                attended, teacher_read = halves[0]
+                halfway = dict(zip(plain, halves[1:], strict=True))
+                teacher = layer.finish(attended, layer.ffn(teacher_read))
             for config in configs:
                 key, site = config.key, sites[config.key]
                 if "kv" in site:
-                    memory, memory_mask = compressed_memory(students[key], float_mask, site["kv"], config.activation)
-                    made = layer.attend(students[key], memory_mask, memory)
-                    memories[key].append(_fit(normalised_error(made, attended, float_mask)))
-                    students[key] = made.detach()
-                x = students[key]
+                    source = layer.read(students[key])
+                    memory, memory_mask = compressed_memory(source, float_mask, site["kv"], config.activation)
+                    past, read = layer.attend(students[key], Context(memory_mask), memory)
+                    memories[key].append(_fit(normalised_error(past, attended, float_mask)))
+                    halfway[key] = past.detach(), read.detach()
+                past, read = halfway[key]
                 if "ffn" in site:
-                    y = compressed_ffn(x, float_mask, layer.ffn, site["ffn"], config.activation)
-                    made = layer.finish(x, y)
+                    y = compressed_ffn(read, float_mask, layer.ffn, site["ffn"], config.activation)
+                    made = layer.finish(past, y)
                     errors[key].append(_fit(normalised_error(made, teacher, float_mask)))
                 else:
                     with torch.no_grad():
-                        made = layer.finish(x, layer.ffn(x))
+                        made = layer.finish(past, layer.ffn(read))
                         errors[key].append(normalised_error(made, teacher, float_mask))
                 students[key] = made.detach()
     return {key: _losses(errors[key], memories[key]) for key in errors}

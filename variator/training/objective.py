@@ -29,6 +29,7 @@ class Weights:
         relational: Mean squared error between the cosines of all pairs in a batch.
         logits: Divergence of the class probabilities, or of the answer positions.
         task: The task's own loss on labels.
+        decoder: Error of the decoder's last hidden states, of a model that has one (1.0 is as bad as the mean).
     """
 
     hidden: float = 1.0
@@ -36,6 +37,7 @@ class Weights:
     relational: float = 5.0
     logits: float = 1.0
     task: float = 1.0
+    decoder: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

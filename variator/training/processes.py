@@ -68,7 +68,9 @@ class Processes:
             )
         for block in (model.encoder.embeddings, *model.encoder.blocks):
             fully_shard(block, reshard_after_forward=True)  # each its own root: the local stage runs them one by one
-        model.head.to(self.device)
+        for part in (model.head, model.encoder.relation, model.encoder.rotary, model.encoder.final_norm):
+            if part is not None:
+                part.to(self.device)
         return model
 
     def bf16(self, precision: str) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from variator.errors import InputError
 from variator.toolkit.checkpoint import Backbone, Model
 from variator.toolkit.heads import OUTPUTS
 from variator.toolkit.plugin import compression
@@ -67,7 +69,9 @@ def tokenise(backbone: Backbone, inputs: Sequence[Input]) -> list[Row]:
     return [value if isinstance(value, Row) else _tokenised(backbone, value) for value in inputs]
 
 
-def _tokenised(backbone: Backbone, value: str | tuple[str, str] | Sequence[int]) -> Row:
+def _tokenised(backbone: Backbone, value: Input) -> Row:
+    if isinstance(value, Row | np.ndarray):
+        raise InputError("a picture for a model that reads texts", valid="texts, or token ids")
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, tuple):
         ids = [int(str(i)) for i in texts][: backbone.max_length]

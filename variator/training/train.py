@@ -29,7 +29,7 @@ from variator.toolkit.plugin import initial_tensors
 from variator.toolkit.plugin_file import Plugin, save_plugin
 from variator.toolkit.plugin_format import Key, file_name
 from variator.training.batch import Data
-from variator.training.distil import distil_step
+from variator.training.distil import Teacher, distil_step
 from variator.training.journal import Summary, last_scores, note, plugin_of, summarise, write_line
 from variator.training.local import local_step
 from variator.training.objective import Losses
@@ -137,6 +137,10 @@ def _prepare(
     start: Sequence[Plugin],
 ) -> Run:
     check_start(backbone, settings, start)
+    if backbone.config.picture is not None:
+        raise InputError("plugins of models that read pictures cannot be trained here yet", valid="models of texts")
+    for config in settings.plugins:
+        backbone.config.check(config)
     processes = Processes()
     bf16 = processes.bf16(settings.precision)
     shard = settings.shard or sharding_asked_for()
@@ -146,7 +150,15 @@ def _prepare(
         halve_weights(model)
     model = processes.place(model, shard)
     local = partial(local_step, model, settings.plugins)
-    distil = partial(distil_step, model, backbone.task, settings.weights, settings.plugins)
+    decoder, first = None, 0
+    if backbone.decoder is not None:
+        if shard:
+            raise InputError(
+                "a decoder cannot be shared among processes", fix="train without --shard, or --task hidden"
+            )
+        decoder, first = copy.deepcopy(backbone.decoder).to(processes.device), backbone.special.start
+    teacher = Teacher(model, backbone.task, settings.weights, decoder, first)
+    distil = partial(distil_step, teacher, settings.plugins)
     stages = [
         Stage("layer-local", settings.local_steps, settings.local_rate, local),
         Stage("distillation", settings.steps, settings.learning_rate, distil),

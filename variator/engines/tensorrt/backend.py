@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from variator.engines.base import BuildOptions, OnProgress
+from variator.engines.base import BuildOptions, OnProgress, check_encoder_of_tokens
 from variator.engines.gpu import gpu, no_gpu
 from variator.engines.profiles import ShapeProfile, default_profiles, parse_profiles
 from variator.engines.quantise import RECIPE
@@ -58,6 +58,7 @@ class TensorRtBackend:
 
     def choices(self, bundle: Bundle, options: BuildOptions) -> dict[str, str]:
         """See `Backend.choices`."""
+        check_encoder_of_tokens(bundle, self.name)
         return {"profiles": ",".join(map(str, self._profiles(bundle, options)))}
 
     def target(self, options: BuildOptions, precision: str) -> dict[str, str]:

@@ -7,10 +7,37 @@ A family is one `Family` value in one small file and holds no maths. To add one,
 from __future__ import annotations
 
 from variator.errors import BackboneError
-from variator.toolkit.families import bert, distilbert, electra, roberta
+from variator.toolkit.families import (
+    bert,
+    clip,
+    deberta,
+    dinov2,
+    distilbert,
+    electra,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    roberta,
+    t5,
+    vit,
+)
 from variator.toolkit.families.base import Family
 
-FAMILIES: tuple[Family, ...] = (bert.FAMILY, roberta.FAMILY, distilbert.FAMILY, electra.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    bert.FAMILY,
+    roberta.FAMILY,
+    distilbert.FAMILY,
+    electra.FAMILY,
+    mpnet.FAMILY,
+    deberta.FAMILY,
+    modernbert.FAMILY,
+    nomic_bert.FAMILY,
+    t5.FAMILY,
+    vit.FAMILY,
+    clip.CLIP,
+    clip.SIGLIP,
+    dinov2.FAMILY,
+)
 
 
 def family_of(model_type: str) -> Family:

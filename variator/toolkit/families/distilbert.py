@@ -22,5 +22,5 @@ FAMILY = Family(
         "ffn_norm": "transformer.layer.{layer}.output_layer_norm",
     },
     classifier=Classifier(dense="pre_classifier", activation="relu", output="classifier"),
-    settings={"activation": "activation", "intermediate_size": "hidden_dim"},
+    settings={"hidden_act": "activation", "intermediate_size": "hidden_dim"},
 )
