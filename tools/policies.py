@@ -152,13 +152,13 @@ def table(record: dict[str, Any]) -> str:
     lines = [[place, str(pace), *(cells[place, pace][name] for name in POLICIES)] for place, pace in cells]
     fleet = [
         [
-            str(row["replicas"]), str(row["failing"]), row["policy"], f"{row['requests']:,}",
-            f"{100 * row['attainment']:.2f} %", f"{row['quality'] or 0:.4f}", f"{row['p99_ms']:.0f}", str(row["failed"]),
+            str(row["replicas"]), str(row["failing"]), row["policy"], f"{row['requests']:,}", str(row["failed"]),
+            f"{100 * row['attainment']:.2f} %", f"{row['quality'] or 0:.4f}", f"{row['p99_ms']:.0f}",
         ]
         for row in record["fleets"]
     ]  # fmt: skip
     first = markdown_table(("workload", "pace", *POLICIES), lines, 2)
-    head = ("replicas", "failing", "policy", "requests", "in time", "quality", "p99 ms", "lost with a replica")
+    head = ("replicas", "failing", "policy", "requests", "lost with a replica", "in time", "quality", "p99 ms")
     return f"{first}\n{markdown_table(head, fleet, 3)}"
 
 
