@@ -249,6 +249,8 @@ def run(
             _show_written(written, text, runtime.picked, as_json)
             return
         if candidate:
+            if slo_ms is not None or beams != 1:
+                raise InputError("--candidate with --slo-ms or --beams", valid="--candidate alone")
             result = runtime.score(text, candidate, ratio=key, truncate=truncate)
         else:
             result = runtime.infer(text, ratio=key, truncate=truncate, slo_ms=slo_ms)

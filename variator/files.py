@@ -21,6 +21,9 @@ from filelock import FileLock, Timeout
 
 from variator.errors import BundleError, InputError, VariatorError
 
+MARK = "made-from.sha256"
+"""In a directory of work that may be interrupted."""
+
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """Errors that are the disk's, whatever was being done."""
 
@@ -139,7 +142,10 @@ def directory_resumed(final: Path, made_from: Any, *, replace: bool = False) -> 
         VariatorError: If the disk refuses; what was written stays.
     """
     work = final.with_name(f".{final.name}.resumable")
+    aside = final.with_name(f".{final.name}.old")
     with alone(final):
+        with disk_errors(final):
+            _tidy(final, aside)
         claim(work, made_from, anew=True)
         inner = work / "result"
         try:
@@ -154,12 +160,13 @@ def directory_resumed(final: Path, made_from: Any, *, replace: bool = False) -> 
                 fix="free disk space and repeat the command: it goes on where it stopped",
             ) from error
         with disk_errors(final):
-            if not final.exists():
-                inner.rename(final)
-            elif replace:
-                _exchange(inner, final, final.with_name(f".{final.name}.old"))
-            else:
+            if final.exists() and not replace:
                 raise VariatorError(f"{final} has appeared meanwhile", fix="choose another name, or pass --overwrite")
+            (work / MARK).unlink(missing_ok=True)  # from here on there is nothing to go on with
+            if final.exists():
+                _exchange(inner, final, aside)
+            else:
+                inner.rename(final)
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -195,7 +202,7 @@ def claim(place: Path, made_from: Any, *, anew: bool = False) -> None:
     Raises:
         InputError: If something else was begun there.
     """
-    key, mark = sha256_of_json(made_from), place / "made-from.sha256"
+    key, mark = sha256_of_json(made_from), place / MARK
     if mark.exists():
         if mark.read_text(encoding="utf-8") == key:
             return
@@ -204,6 +211,8 @@ def claim(place: Path, made_from: Any, *, anew: bool = False) -> None:
                 f"{place} holds work that was begun with another model, data or settings",
                 fix="repeat that command to finish it, choose another -o, or start anew with --overwrite",
             )
+    with disk_errors(place):
+        mark.unlink(missing_ok=True)  # first: without it the rest is nobody's, whatever happens now
     shutil.rmtree(place, ignore_errors=True)  # of another origin, or without its mark of one that nobody knows
     with disk_errors(place):
         place.mkdir(parents=True, exist_ok=True)

@@ -224,6 +224,11 @@ def test_a_manifest_that_contradicts_itself_is_refused(writer: Bundle) -> None:
         replace(manifest, decoder=replace(manifest.decoder, graph="gone.onnx")),
         replace(manifest, decoder=replace(manifest.decoder, width=0)),
         replace(manifest, decoder=replace(manifest.decoder, ends="3")),  # type: ignore[arg-type]
+        replace(manifest, decoder=replace(manifest.decoder, ends=[])),
+        replace(manifest, decoder=replace(manifest.decoder, ends=[120])),
+        replace(manifest, decoder=replace(manifest.decoder, start=-1)),
+        replace(manifest, decoder=replace(manifest.decoder, graph="ratio-1.onnx")),
+        replace(manifest, inputs=["pixel_values"]),
     ):
         with pytest.raises(BundleError, match="damaged"):
             type(manifest).from_json(wrong.to_json(), "here")

@@ -12,7 +12,7 @@ from tests.conftest import CONFIGS, PICTURES, deberta, lively, made, modernbert,
 from variator.bench.run import BenchSettings, bench
 from variator.engines.build import build
 from variator.engines.latency import calibrated
-from variator.engines.runtime import Runtime
+from variator.engines.runtime import Runtime, _buckets, rows_of
 from variator.errors import BackboneError, InputError
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
@@ -23,6 +23,7 @@ from variator.toolkit.families.base import UNBOUNDED
 from variator.toolkit.plugin_file import save_plugin
 from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.positions import deberta_row, log_bucket
+from variator.toolkit.rows import Row
 from variator.training.budget import layer_flops
 
 RANK = 8
@@ -143,6 +144,14 @@ def test_t5_takes_longer_sequences_than_it_was_trained_on_and_bert_does_not(tmp_
             else:
                 with pytest.raises(InputError, match="600 tokens"):
                     runtime.infer(ids, ratio=4)
+
+
+def test_long_texts_are_not_padded_to_the_limit() -> None:
+    def lengths(*tokens: int) -> list[int]:
+        return [length for length, _ in _buckets([Row([7] * count, [0] * count) for count in tokens], 8192)]
+
+    assert lengths(513, 600, 700, 5000, 8000) == [640, 768, 6144, 8192]
+    assert (rows_of(64), rows_of(512), rows_of(2048), rows_of(8192)) == (256, 32, 8, 1)
 
 
 @pytest.mark.parametrize("kind", ["mpnet", "deberta-v2", "modernbert", "t5"])

@@ -175,6 +175,8 @@ def _check(bundle: Bundle, settings: BenchSettings) -> None:
             raise InputError(f"shape {batch}x{length} cannot be measured", valid=f"batch 1 or more, {lengths}")
     if bundle.manifest.picture and (settings.model or settings.pairs):
         raise InputError("texts or plain libraries with a model of pictures", fix="leave --model and --stsb out")
+    if bundle.manifest.decoder and settings.model:
+        raise InputError("plain libraries beside a bundle with a decoder", fix="leave --model out, or --task hidden")
 
 
 def built_engines(bundle: Bundle, names: Sequence[str]) -> tuple[list[BuiltEngine], list[str]]:

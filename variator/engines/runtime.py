@@ -42,11 +42,16 @@ if TYPE_CHECKING:
     from variator.engines.seq2seq import Generation
     from variator.engines.serving import Observer, Server, ServeSettings
 
-BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+BUCKETS = (
+    8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 6144,
+)  # fmt: skip
 """Lengths that rows are padded to: few distinct shapes, little padding."""
 
 TOKENS_PER_RUN = 16384
 """Largest rows x length of one engine call; longer requests run in parts."""
+
+SQUARES_PER_RUN = 1 << 25
+"""Largest rows x length x length of one call, unless it is a single row: attention compares all pairs of tokens."""
 
 AUTO = "auto"
 """The ratio that today's load allows."""
@@ -363,7 +368,7 @@ class Runtime:
 
         def work(engine: Engine) -> Outputs:
             longest, parts = max(len(row.ids) for row in rows), []
-            most = min(max(1, TOKENS_PER_RUN // longest), most_rows(engine.profiles, longest))
+            most = min(rows_of(longest), most_rows(engine.profiles, longest))
             for start in range(0, len(rows), most):
                 parts.append(engine.run(self.feed(rows[start : start + most], longest)))
             if len(parts) == 1:
@@ -618,7 +623,7 @@ class Runtime:
         outputs: Outputs = {}
         lengths = [len(row.ids) for row in rows]
         for length, indices in _buckets(rows, self.bundle.manifest.max_length):
-            rows_per_run = min(max(1, TOKENS_PER_RUN // length), most_rows(engine.profiles, length))
+            rows_per_run = min(rows_of(length), most_rows(engine.profiles, length))
             for start in range(0, len(indices), rows_per_run):
                 part = indices[start : start + rows_per_run]
                 for name, values in engine.run(self.feed([rows[i] for i in part], length)).items():
@@ -663,6 +668,11 @@ def _read_plugins(name: str, plugin: Plugin | Path | str | Sequence[Plugin | Pat
             valid="one plugin per ratio, or a directory with ratio-<k>.safetensors files",
         )
     return plugins
+
+
+def rows_of(length: int) -> int:
+    """Most rows of a length that run at once."""
+    return max(1, min(TOKENS_PER_RUN // length, SQUARES_PER_RUN // length**2))
 
 
 def _buckets(rows: Sequence[Row], limit: int) -> list[tuple[int, list[int]]]:

@@ -21,7 +21,10 @@ from variator.engines.policies import Costs, Policy
 from variator.errors import DeadlineExceeded, InputError, Overloaded, VariatorError
 from variator.toolkit.plugin_format import Key
 
-BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+BUCKETS = (
+    8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+    640, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 6144,
+)  # fmt: skip
 """Lengths that requests are grouped by; finer than a fixed ratio's, because what waits is sorted anyway."""
 
 MARGIN = 1.05

@@ -75,6 +75,9 @@ if TYPE_CHECKING:
 FLOPS_LENGTH = 128
 """Sequence length of the manifest's FLOPs."""
 
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+"""Whose versions a bundle records."""
+
 JOURNAL = "weights.jsonl"
 """Beside a bundle that is being exported with low memory: what has been written of its weights."""
 
@@ -151,6 +154,10 @@ def export(
             valid=f"--layout {PER_RATIO}",
         )
     plugins = {ratio: _plugin_for(backbone, ratio, settings) for ratio in ratios if ratio != 1}
+    for plugin in plugins.values():
+        backbone.config.check(plugin.config)
+    if backbone.decoder is not None:
+        _ = backbone.special  # else it would fail when all else is done
     profile = _profile(backbone, plugins) if settings.layout == SHARED else None
     for plugin in plugins.values():
         if plugin.head is not None and (profile is None or not profile.head):
@@ -190,9 +197,14 @@ def _place(
         backbone.task,
         backbone.id,
         settings.precision,
-        [plugin.digest for plugin in plugins.values()],
+        [(str(key), plugin.digest) for key, plugin in plugins.items()],
+        backbone.stream.state,
+        {name: importlib.metadata.version(name) for name in PACKAGES},
     ]
     with directory_resumed(output, made_from, replace=settings.overwrite) as (directory, beside):
+        for path in directory.iterdir():  # all but weights is made again
+            if path.suffix != ".data":
+                path.unlink()
         yield directory, WeightStore(directory, beside / JOURNAL)
 
 
@@ -446,9 +458,8 @@ def _manifest(
     precision: str,
     directory: Path,
 ) -> Manifest:
-    packages = ("torch", "transformers", "onnx", "onnxscript")
     return Manifest(
-        versions={"variator": variator.__version__, **{name: importlib.metadata.version(name) for name in packages}},
+        versions={"variator": variator.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
         model=backbone.id,
         family=backbone.family,
         task=backbone.task,

@@ -264,7 +264,7 @@ def decoder_cases(backbone: Backbone, seed: int = 0) -> list[Case]:
             "cross": crossed[:, first:],
             "past": known[:, :before],
         }
-        expected = {"logits": whole.logits[:, -1], "present": known}
+        expected = {"logits": whole.logits[:, -1], "present": known, "crossed": crossed}
         feeds, results = ({n: np.ascontiguousarray(v.numpy()) for n, v in part.items()} for part in (feed, expected))
         cases.append(Case(feeds, {1: results}))
     return cases

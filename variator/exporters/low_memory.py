@@ -187,8 +187,9 @@ def expect_of_decoder(backbone: Backbone, decoder: Decoder, on_piece: OnPiece, s
         table = _real(decoder, "vocabulary", stream.decoder("vocabulary"))
     with torch.no_grad(), table:
         for case, walk in zip(cases, walks, strict=True):
-            states, present, _ = decoder.end(walk)
-            case.expected[1] = {"logits": decoder.logits(states).numpy(), "present": present.numpy()}
+            states, present, crossed = decoder.end(walk)
+            found = {"logits": decoder.logits(states), "present": present, "crossed": crossed}
+            case.expected[1] = {name: value.numpy() for name, value in found.items()}
     return cases
 
 
@@ -207,6 +208,7 @@ def check_in_pieces(
     graph: Path, precision: str, cases: Sequence[Case], ratio: Key, counted: Sequence[Feed], on_piece: OnPiece
 ) -> tuple[float, list[dict[str, int]]]:
     """The gate's verdict on a graph that is run layer by layer: its largest error; and FLOPs of what is counted."""
-    outputs, flops = run_in_pieces(graph, precision, [*(case.feed for case in cases), *counted], len(counted), on_piece)
+    feeds, beside = [*(case.feed for case in cases), *counted], graph.parent.parent  # what is written lies in `result`
+    outputs, flops = run_in_pieces(graph, precision, feeds, len(counted), on_piece, beside)
     answers = {id(case.feed): found for case, found in zip(cases, outputs, strict=False)}
     return compare(graph.name, precision, cases, ratio, lambda feed: answers[id(feed)]), flops

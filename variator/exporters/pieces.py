@@ -30,6 +30,7 @@ def run_in_pieces(
     feeds: Sequence[Feed],
     counted: int = 0,
     on_piece: Callable[[int, int], None] = lambda done, of: None,
+    scratch: Path | None = None,
 ) -> tuple[list[dict[str, Array]], list[dict[str, int]]]:
     """Run a graph on several inputs.
 
@@ -37,6 +38,7 @@ def run_in_pieces(
         precision: That it is written in; bf16 is computed in fp32 and rounded, as `precision.widened` says.
         counted: How many of the last feeds are there for their FLOPs alone.
         on_piece: Told how many pieces are done, and of how many.
+        scratch: Where a piece lies while it runs, a layer in fp32 large.
 
     Returns:
         The outputs of each feed, and the FLOPs of each of the last `counted`, by part and in total.
@@ -50,8 +52,8 @@ def run_in_pieces(
     pieces = split(model)
     total = len(pieces)
     for done, piece in enumerate(pieces):
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "piece.onnx"
+        with tempfile.TemporaryDirectory(dir=scratch) as place:
+            path = Path(place) / "piece.onnx"
             ir.save(piece, path, external_data=WEIGHTS)
             names = [str(value.name) for value in piece.graph.inputs]
             for found, state in zip(flops, states[len(states) - counted :], strict=True):

@@ -284,9 +284,20 @@ def _wrong_layout(manifest: Manifest) -> list[str]:
     named |= {manifest.decoder.graph, DECODER_GATE_FILE} if manifest.decoder else set()
     if (manifest.decoder is not None) != (manifest.task == "seq2seq"):
         wrong.append(f"task {manifest.task} {'has' if manifest.decoder else 'lacks'} a decoder")
-    if manifest.decoder is not None and min(manifest.decoder.width, manifest.decoder.layers) < 1:
-        wrong.append(f"the decoder has {manifest.decoder.layers} layers of {manifest.decoder.width}")
+    wrong += _wrong_decoder(manifest.decoder, manifest.vocabulary) if manifest.decoder is not None else []
+    if (manifest.inputs == ["pixel_values"]) != (manifest.picture is not None):
+        wrong.append(f"inputs are {', '.join(map(str, manifest.inputs))}")
     return [*wrong, *(f"{name!r} is not listed" for name in sorted(named - manifest.files.keys()))]
+
+
+def _wrong_decoder(decoder: DecoderEntry, vocabulary: int) -> list[str]:
+    wrong = [] if decoder.graph == DECODER_GRAPH else [f"the decoder's graph is {decoder.graph!r}"]
+    if min(decoder.width, decoder.layers) < 1:
+        wrong.append(f"the decoder has {decoder.layers} layers of {decoder.width}")
+    special = [decoder.start, decoder.pad, *decoder.ends]
+    if not decoder.ends or not all(type(one) is int and 0 <= one < vocabulary for one in special):
+        wrong.append(f"the decoder's special tokens are {special}")
+    return wrong
 
 
 @dataclass(frozen=True)

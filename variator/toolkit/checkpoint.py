@@ -98,6 +98,7 @@ class Backbone:
         source: The directory or hub id it was loaded from.
         real: False for a checkpoint with random weights.
         decoder: Of task seq2seq; shares its embedding table with the encoder.
+        generation: transformers' generation configuration, with a `stream`; else it is that of `original`.
         stream: Where the tensors are that `model` and `decoder` hold placeholders for, if it was loaded for low memory.
     """
 
@@ -116,6 +117,7 @@ class Backbone:
     pooling: dict[str, Any] = field(default_factory=dict)
     decoder: Decoder | None = None
     stream: Stream | None = None
+    generation: Any = None
 
     @property
     def config(self) -> EncoderConfig:
@@ -148,8 +150,10 @@ class Backbone:
         Raises:
             BackboneError: If the checkpoint does not say which token starts a text and which ends it.
         """
-        config: Any = getattr(self.original, "generation_config", None) or self.checkpoint
-        start, ends, pad = config.decoder_start_token_id, config.eos_token_id, config.pad_token_id
+        config: Any = getattr(self.original, "generation_config", None) or self.generation or self.checkpoint
+        start, ends, pad = (
+            getattr(config, name, None) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+        )
         if start is None or ends is None or pad is None:
             raise BackboneError(
                 f"{self.id} does not say how texts begin, end and are padded",
@@ -299,7 +303,17 @@ def stream_backbone(model: str, task: str | None = None, name: str | None = None
         pooling=pooling,
         decoder=None if decoder is None else decoder.eval().requires_grad_(False),
         stream=stream,
+        generation=_generation(directory),
     )
+
+
+def _generation(directory: Path) -> Any:
+    """What `generation_config.json` says; None without it."""
+    import transformers
+
+    if not (directory / "generation_config.json").is_file():
+        return None
+    return _load(transformers.GenerationConfig, str(directory))
 
 
 def _placeholder_decoder(parts: DecoderParts, token: nn.Embedding, stream: Stream) -> Decoder:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from variator.errors import BackboneError
-from variator.files import inside
 from variator.toolkit.families.base import DecoderParts, Family
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Files(Mapping[str, Tensor]):
         from safetensors import SafetensorError, safe_open
 
         stored, file = self._places[name]
-        path = inside(self.directory, file)
+        path = self.directory / file
         try:
             with safe_open(path, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(stored)
@@ -98,7 +97,10 @@ def open_stream(model: str, prefix: str) -> Files:
             fix="download or convert the checkpoint, or export without --low-memory",
         )
     for file in sorted(set(places.values()) or {SINGLE}):
-        path = inside(directory, file)
+        # A plain name; where it leads is the file system's business: the hub's cache consists of links.
+        if file != Path(file).name or file in ("", ".", ".."):
+            raise BackboneError(f"{index} names a file outside of its directory: {file!r}", valid="plain file names")
+        path = directory / file
         try:
             with safe_open(path, framework="pt") as opened:  # its header tells whether all bytes are there
                 names = set(opened.keys())
@@ -122,6 +124,15 @@ class Layered(Mapping[str, Tensor]):
     def __init__(self, files: Files, family: Family, config: PretrainedConfig) -> None:
         self._files, self._family, self._config = files, family, config
         self._held: tuple[str, Mapping[str, Tensor]] = ("", {})
+
+    @property
+    def directory(self) -> Path:
+        """Of the checkpoint."""
+        return self._files.directory
+
+    def state(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of every file: what tells one checkpoint from another without reading it."""
+        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self._files.files]
 
     def _layer(self, name: str) -> Mapping[str, Tensor]:
         """Everything of the layer that a name belongs to; of none, everything that is asked for by itself."""
@@ -168,10 +179,23 @@ class Stream:
     ) -> None:
         self._weights, self._family, self._config, self._decoder = weights, family, config, decoder
         self.sizes = family.encoder_config(config)
+        self.state = weights.state()
         self._held: tuple[object, dict[str, Tensor]] = (None, {})
 
     def encoder(self, name: str) -> Tensor:
         """A tensor of `encoder.Encoder`."""
+        try:
+            return self._encoder(name)
+        except MissingTensorError:
+            raise
+        except KeyError as error:
+            raise MissingTensorError(
+                f"{self._weights.directory} lacks what the encoder's {name!r} is made of",
+                valid="a complete checkpoint in the names of today's transformers",
+                fix="download it again, or load and save it with transformers",
+            ) from error
+
+    def _encoder(self, name: str) -> Tensor:
         match = re.match(r"layers\.(\d+)\.(.*)", name)
         if match and not match[2].startswith("attention.relative_"):
             return self.encoder_layer(int(match[1]))[match[2]]

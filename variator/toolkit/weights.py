@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from variator.errors import BundleError
-from variator.files import inside
+from variator.files import inside, write_atomically
 
 if TYPE_CHECKING:
     import onnx
@@ -34,10 +34,7 @@ class WeightStore:
 
     Args:
         journal: Where every step is written down, so that work that was killed goes on where it stopped; what the data
-            files hold beyond it is cut off.
-
-    Raises:
-        BundleError: If the journal tells of bytes that are not there.
+            files hold beyond it is cut off, and if it tells of bytes that are not there, all begins anew.
     """
 
     def __init__(self, directory: Path, journal: Path | None = None) -> None:
@@ -60,14 +57,13 @@ class WeightStore:
             if name:
                 self._named[name] = self._places[address]
             ends[file] = max(ends.get(file, 0), offset + length)
-        journal.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        for path in self._directory.glob("*.data"):
-            end = ends.pop(path.name, 0)
-            if path.stat().st_size < end:
-                raise BundleError(f"{path} is shorter than its journal says", fix="export again with --overwrite")
-            os.truncate(path, end)
-        if ends:
-            raise BundleError(f"{self._directory / next(iter(ends))} is gone", fix="export again with --overwrite")
+        found = {path.name: path.stat().st_size for path in self._directory.glob("*.data")}
+        if any(found.get(name, 0) < end for name, end in ends.items()):  # not what the journal tells of: anew
+            lines, ends = [], {}
+            self._places, self._named = {}, {}
+        write_atomically(journal, "".join(f"{line}\n" for line in lines))
+        for name in found:
+            os.truncate(self._directory / name, ends.get(name, 0))
 
     def add(self, data: bytes | memoryview, file: str, name: str = "") -> Place:
         """Where these bytes lie (file, offset, length): in an earlier place if known, else appended to `file`.

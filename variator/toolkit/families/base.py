@@ -288,6 +288,7 @@ class Family:
         found = {
             f"{name}.{part}": weights[place]
             for name, source in self.layer.items()
+            if not name.startswith("relative.")  # of the fingerprint alone: `relation` has computed with them
             for part in ("weight", "bias")
             if (place := f"{source.format(layer=layer)}.{part}") in weights
             or (part == "weight" and self._needed(name, layer, sizes))

@@ -86,6 +86,8 @@ FAMILY = Family(
         "attention.query": f"{SELF}.query_proj",
         "attention.key": f"{SELF}.key_proj",
         "attention.value": f"{SELF}.value_proj",
+        "relative.key": f"{SELF}.pos_key_proj",
+        "relative.query": f"{SELF}.pos_query_proj",
     },
     classifier=Classifier(
         dense="pooler.dense", activation="gelu", output="classifier", activation_setting="pooler_hidden_act"
