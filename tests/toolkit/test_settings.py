@@ -30,6 +30,7 @@ from variator.toolkit.plugin_format import (
     scheduled,
     tensor_shapes,
 )
+from variator.toolkit.positions import Context
 from variator.training.corpus import read_corpus
 from variator.training.distil import Teacher, distil_step
 from variator.training.objective import Weights
@@ -79,10 +80,11 @@ def test_groups_of_equal_tokens_are_attended_to_as_the_tokens_are(backbone: Back
     x = torch.randn(2, 5, 32).repeat_interleave(4, dim=1)
     mask = torch.ones(2, 20)
     mask[1, 14:] = 0  # the fourth group has two tokens, the fifth none
-    whole = layer.attend(x, ((1 - mask) * MASKED)[:, None, None, :])
+    whole, _ = layer.attend(x, Context(((1 - mask) * MASKED)[:, None, None, :]))
     site = {"score.weight": torch.zeros(4 * 32, 4), "score.bias": torch.zeros(4)}
     memory, scores = compressed_memory(x, mask, site, "tanh")
-    torch.testing.assert_close(layer.attend(x, scores, memory)[mask > 0], whole[mask > 0], atol=1e-5, rtol=1e-5)
+    found, _ = layer.attend(x, Context(scores), memory)
+    torch.testing.assert_close(found[mask > 0], whole[mask > 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=lambda config: config.name)
