@@ -108,7 +108,7 @@ def test_every_tensor_belongs_to_a_layer_and_a_site() -> None:
 
 
 def test_every_activation_that_a_plugin_may_name_has_a_function() -> None:
-    assert set(ACTIVATION_NAMES) == set(ACTIVATIONS)
+    assert set(ACTIVATION_NAMES) <= set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 17, 1000, 3.5, True, "4", None])
