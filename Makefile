@@ -81,7 +81,7 @@ settings: $(CLEAN)/.ready
 # that does nothing else. Lengths of requests are those of LENGTHS, real questions with their sentences.
 LENGTHS ?= $(firstword $(wildcard $(DATA)/qnli/dev.jsonl.gz))
 TRACE ?= $(firstword $(wildcard $(DATA)/traces/*.csv.gz))
-LOADS := calm:poisson:0.45:15 poisson:poisson:1.15:15 gamma4:gamma^4:1.15:15 gamma16:gamma^16:0.95:15 bursts:gamma^400:0.3:15 step:step:0.5:24 \
+LOADS := calm:poisson:0.45:15 poisson:poisson:1.15:15 gamma4:gamma^4:1.15:15 gamma16:gamma^16:0.95:15 bursts:gamma^400:0.3:15 step:step:0.42:24 \
 	$(if $(TRACE),azure:$(TRACE):1.0:15)
 replay: $(VENV)/.ready
 	test -d $(OUT)/minilm || $(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm
