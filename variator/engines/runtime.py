@@ -325,15 +325,22 @@ class Runtime:
         self, slot: Slot, work: Callable[[Engine], Outputs], on_start: Callable[[], None] = lambda: None
     ) -> tuple[Outputs, float, float]:
         """What an engine gives when its turn comes; ms waited and computed."""
-        engine, waiting = slot.engine(self._held), time.perf_counter()
+        outputs, queue_ms, compute_ms = self._in_turn(slot.engine(self._held), work, on_start)
+        if self._has_head_input and not slot.head:
+            del outputs[LOGITS]
+        return outputs, queue_ms, compute_ms
+
+    def _in_turn(
+        self, engine: Engine, work: Callable[[Engine], Outputs], on_start: Callable[[], None] = lambda: None
+    ) -> tuple[Outputs, float, float]:
+        """Requests compute one after another: what an engine gives, ms waited and computed."""
+        waiting = time.perf_counter()
         with self._compute_lock:
             self._check_open()
             on_start()
             computing = time.perf_counter()
             outputs = work(engine)
             done = time.perf_counter()
-        if self._has_head_input and not slot.head:
-            del outputs[LOGITS]
         return outputs, (computing - waiting) * 1e3, (done - computing) * 1e3
 
     def result(
@@ -380,13 +387,7 @@ class Runtime:
 
     def run_graph(self, graph: str, feed: Feed) -> tuple[Outputs, float, float]:
         """Run a graph that belongs to no ratio, a decoder: its outputs, ms waited and computed."""
-        engine, waiting = self._held(graph, {}), time.perf_counter()
-        with self._compute_lock:
-            self._check_open()
-            computing = time.perf_counter()
-            outputs = dict(engine.run(feed))
-            done = time.perf_counter()
-        return outputs, (computing - waiting) * 1e3, (done - computing) * 1e3
+        return self._in_turn(self._held(graph, {}), lambda engine: dict(engine.run(feed)))
 
     def generate(
         self,

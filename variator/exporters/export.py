@@ -48,7 +48,6 @@ from variator.toolkit.bundle import (
     Bundle,
     DecoderEntry,
     Manifest,
-    Picture,
     RatioEntry,
     SharedProfile,
     list_files,
@@ -368,15 +367,9 @@ def _decoder_feed(decoder: Decoder, width: int, new: int, known: int, before: in
     }
 
 
-def _picture(backbone: Backbone) -> Picture:
-    if backbone.config.picture is None:
-        raise InputError(f"{backbone.id} has no tokenizer", fix="add tokenizer.json to the checkpoint")
-    return backbone.config.picture
-
-
 def _cases(backbone: Backbone) -> list[Case]:
-    if backbone.tokenizer is None or backbone.config.picture:
-        return [Case(feed, {}) for feed in picture_feeds(_picture(backbone))]
+    if backbone.config.picture is not None:
+        return [Case(feed, {}) for feed in picture_feeds(backbone.config.picture)]
     tokens = backbone.tokenizer(PASSAGE, truncation=True, max_length=backbone.max_length)["input_ids"]
     text = [token for token in tokens if token != backbone.checkpoint.pad_token_id]
     feeds = make_feeds(backbone.inputs, backbone.config.vocabulary, backbone.max_length, text)
