@@ -34,8 +34,11 @@ Feed = dict[str, npt.NDArray[Any]]
 SHAPES = ((1, 1), (1, 5), (1, 33), (1, 128), (3, 1), (3, 5), (3, 33), (3, 128))
 """Batch and length of the cases; rows of a batch of 3 are 1/1, 2/3 and 1/3 of the length long."""
 
-DECODER_SHAPES = ((1, 5, 0, 1), (3, 33, 0, 4), (1, 128, 7, 1), (3, 6, 3, 1), (2, 33, 2, 3))
+DECODER_SHAPES = ((1, 3, 0, 1), (3, 5, 0, 2), (1, 6, 3, 1), (2, 4, 2, 3), (1, 20, 0, 1), (2, 33, 40, 1), (1, 128, 7, 1))
 """Batch, tokens of the encoder, tokens before, and tokens of the decoder's cases."""
+
+DECODER_GATE_BYTES = 48 * 2**20
+"""What the memories in the decoder's cases may take in a bundle; of a wide decoder the long cases are left out."""
 
 PASSAGE = """The lighthouse at the end of the pier was built in 1871, after a storm had driven three fishing boats onto
 the rocks within a single night. Its lamp burned colza oil at first, later paraffin, and since 1932 it has been
@@ -228,6 +231,16 @@ def _original(backbone: Backbone, tensors: Mapping[str, object]) -> tuple[object
     return tuple(backbone.model.head(result.last_hidden_state, mask.float()))  # type: ignore[attr-defined]
 
 
+def decoder_shapes(width: int) -> list[tuple[int, int, int, int]]:
+    """Those of `DECODER_SHAPES` that a decoder whose memories have `width` numbers per token is checked with."""
+    chosen: list[tuple[int, int, int, int]] = []
+    for shape in DECODER_SHAPES:
+        tokens = sum(batch * (source + 2 * before + count) for batch, source, before, count in (*chosen, shape))
+        if len(chosen) < 4 or 4 * width * tokens <= DECODER_GATE_BYTES:
+            chosen.append(shape)
+    return chosen
+
+
 def decoder_cases(backbone: Backbone, seed: int = 0) -> list[Case]:
     """What the decoder is compared with: transformers' own, started and gone on with. Random ids, padded encoders.
 
@@ -236,12 +249,14 @@ def decoder_cases(backbone: Backbone, seed: int = 0) -> list[Case]:
     """
     import torch
 
+    from variator.toolkit.decoder import cache_width
+
     if backbone.decoder is None:
         raise GateError(f"{backbone.id} has no decoder")
     rng = np.random.default_rng(seed)
     model: Any = backbone.original
     cases = []
-    for batch, source, before, count in DECODER_SHAPES:
+    for batch, source, before, count in decoder_shapes(cache_width(backbone.decoder.config)):
         rows = np.maximum(1, (source * np.arange(batch, 0, -1)) // batch)
         mask = torch.from_numpy((np.arange(source)[None, :] < rows[:, None]).astype(np.int64))
         ids, text = (
@@ -251,11 +266,14 @@ def decoder_cases(backbone: Backbone, seed: int = 0) -> list[Case]:
         with torch.no_grad():
             encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
             (hidden,) = backbone.model.head(encoded.last_hidden_state, mask.float())
-            crossed = backbone.decoder.cross(hidden)
             whole = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=text, use_cache=True)
-        caches = whole.past_key_values.self_attention_cache.layers
-        parts = [part for layer in caches for part in (layer.keys, layer.values)]  # [batch, heads, tokens, head size]
-        known = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1)
+        known, crossed = (
+            torch.cat(
+                [part.transpose(1, 2).flatten(2) for layer in cache.layers for part in (layer.keys, layer.values)], -1
+            )
+            for cache in (whole.past_key_values.self_attention_cache, whole.past_key_values.cross_attention_cache)
+        )  # of [batch, heads, tokens, head size] each
+        crossed = crossed * mask[:, :, None]  # as the encoder's graph hands padding out: zeros
         first = 0 if before else source  # of what the encoder read, what comes with the first step
         feed = {
             "input_ids": text[:, before:],
@@ -264,7 +282,7 @@ def decoder_cases(backbone: Backbone, seed: int = 0) -> list[Case]:
             "cross": crossed[:, first:],
             "past": known[:, :before],
         }
-        expected = {"logits": whole.logits[:, -1], "present": known, "crossed": crossed}
+        expected = {"logits": whole.logits[:, -1], "present": known, "crossed": crossed[:, :first]}
         feeds, results = ({n: np.ascontiguousarray(v.numpy()) for n, v in part.items()} for part in (feed, expected))
         cases.append(Case(feeds, {1: results}))
     return cases
@@ -322,7 +340,7 @@ def _error(where: str, precision: str, expected: Array, found: Array) -> float:
         )
     difference = found - expected
     relative = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12))
-    error = float(np.abs(difference).max())
+    error = float(np.abs(difference).max(initial=0.0))
     if not relative <= TOLERANCE[precision]:
         raise GateError(
             f"{where}: off by {relative:.3g} of the reference's norm (largest difference {error:.3g})",

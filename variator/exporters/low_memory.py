@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from variator.errors import GateError
-from variator.exporters.gate import DECODER_SHAPES, FIRST_ORDINARY, Case, Feed, compare
+from variator.exporters.gate import FIRST_ORDINARY, Case, Feed, compare, decoder_shapes
 from variator.exporters.pieces import run_in_pieces
 from variator.toolkit.decoder import Decoder, DecoderLayer, DecoderWalk, cache_width
 from variator.toolkit.encoder import Embeddings, Layer, Walk
@@ -154,12 +154,8 @@ def expect_of_decoder(backbone: Backbone, decoder: Decoder, on_piece: OnPiece, s
     stream, rng = stream_of(backbone), np.random.default_rng(seed)
     width, d = cache_width(decoder.config), decoder.config.hidden_size
     cases, walks = list[Case](), list[DecoderWalk]()
-    with (
-        torch.no_grad(),
-        _real(decoder.token, "weight", stream.encoder("embeddings.token.weight")),
-        _real(decoder.cross, "weight", stream.decoder("cross.weight")),
-    ):
-        for batch, source, before, count in DECODER_SHAPES:
+    with torch.no_grad(), _real(decoder.token, "weight", stream.encoder("embeddings.token.weight")):
+        for batch, source, before, count in decoder_shapes(width):
             first = 0 if before else source
             sizes = ((first, d), (source - first, width), (before, width))
             hidden, cross, past = (rng.standard_normal((batch, count, size), np.float32) for count, size in sizes)

@@ -51,7 +51,8 @@ def run_in_pieces(
     flops: list[dict[str, int]] = [{} for _ in range(counted)]
     pieces = split(model)
     total = len(pieces)
-    for done, piece in enumerate(pieces):
+    for done in range(total):
+        piece = pieces.pop(0)
         with tempfile.TemporaryDirectory(dir=scratch) as place:
             path = Path(place) / "piece.onnx"
             ir.save(piece, path, external_data=WEIGHTS)
@@ -60,8 +61,10 @@ def run_in_pieces(
                 for part, value in counted_flops(path, {name: state[name] for name in names}).items():
                     found[part] = found.get(part, 0) + value
             run = _session(path)
-            for state in states:
+            later = {*outputs, *(str(value.name) for other in pieces for value in other.graph.inputs)}
+            for index, state in enumerate(states):
                 state |= run({name: state[name] for name in names})
+                states[index] = {name: values for name, values in state.items() if name in later}
             del run
         on_piece(done + 1, total)
     return [{name: state[name] for name in outputs} for state in states], flops

@@ -216,7 +216,15 @@ def _takes_any(node: ir.Node) -> bool:
 def _pools(node: ir.Node) -> bool:
     """Whether a product is the pooling's: of the head, and not with a weight."""
     in_head = node.metadata_props.get(PART_KEY) == "head"
-    return in_head and not any(value is not None and value.is_initializer() for value in node.inputs)
+    return in_head and not any(value is not None and _is_weight(value) for value in node.inputs)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a value is a weight, or one moved about (a table of the vocabulary transposed)."""
+    maker = value.producer()
+    if maker is None:
+        return value.is_initializer()
+    return maker.op_type == "Transpose" and maker.inputs[0] is not None and maker.inputs[0].is_initializer()
 
 
 def widened(model: ir.Model) -> ir.Model:
@@ -244,7 +252,10 @@ def widened(model: ir.Model) -> ir.Model:
 
 
 def _widened_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+    wide = ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # else its file stays mapped, and counts as memory
+    return wide
 
 
 def _round(graph: ir.Graph, node: ir.Node, output: ir.Value, dtype: ir.DataType) -> None:

@@ -3,7 +3,7 @@
 It is not compressed, and the same for all ratios. What it has computed comes back in with the next token: `past` for
 the text, `cross` for what the encoder read. Both lie as [batch, tokens, layers x (keys, values)], so that rows are
 taken, repeated and reordered as wholes. The first step brings the encoder's hidden states and empty memories, later
-ones the memories and no hidden states: what has no rows costs nothing.
+ones the memories and no hidden states: what has no rows costs nothing, and what is known is not handed out again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ the encoder's hidden states that are new [batch, N, d]; what is known of those t
 what is known of the text so far [batch, P, width]. At the start M = P = 0, afterwards N = 0."""
 
 OUTPUTS = ("logits", "present", "crossed")
-"""Scores of the token that follows [batch, vocabulary]; `past` [batch, P + T, width] and `cross` [batch, M + N, width]
-for the next step."""
+"""Scores of the token that follows [batch, vocabulary]; `past` [batch, P + T, width] for the next step; and what is to
+come behind `cross` then [batch, N, width]."""
 
 
 def cache_width(config: EncoderConfig) -> int:
@@ -64,18 +64,22 @@ class TextAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the encoder, whose keys and values come ready made."""
+    """Attention to the encoder: to what is known of it, keys beside values, and to hidden states that are new."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        d, self.size = config.hidden_size, config.attention_size
         self.heads = config.heads
-        self.query = Linear(config.hidden_size, config.attention_size, bias=False)
-        self.output = Linear(config.attention_size, config.hidden_size, bias=False)
+        self.query = Linear(d, self.size, bias=False)
+        self.memory = Linear(d, 2 * self.size, bias=False)
+        self.output = Linear(self.size, d, bias=False)
 
-    def forward(self, x: Tensor, cross: tuple[Tensor, Tensor], scores: Tensor) -> Tensor:
-        """x: [batch, T, d], keys and values [batch, S, size] -> [batch, T, d]."""
-        y: Tensor = self.output(attend(self.query(x), *cross, scores, self.heads))
-        return y
+    def forward(self, x: Tensor, known: Tensor, hidden: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """x [batch, T, d], known [batch, M, 2 size], hidden [batch, N, d] -> [batch, T, d] and [batch, N, 2 size]."""
+        new = self.memory(hidden)
+        cross = torch.cat([known, new], dim=1)
+        keys, values = cross[..., : self.size], cross[..., self.size :]
+        return self.output(attend(self.query(x), keys, values, scores, self.heads)), new
 
 
 class DecoderLayer(nn.Module):
@@ -91,13 +95,20 @@ class DecoderLayer(nn.Module):
         self.attention_norm, self.cross_norm, self.ffn_norm = norm(config), norm(config), norm(config)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor], scores: Tensor, cross_scores: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [batch, T, d] -> the same, and its keys and values for later tokens."""
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor],
+        known: Tensor,
+        hidden: Tensor,
+        scores: Tensor,
+        cross_scores: Tensor,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """x: [batch, T, d] -> the same; for later tokens its keys and values, and those of the encoder."""
         y, key, value = self.attention(self.attention_norm(x), past, scores)
         x = x + y
-        x = x + self.attention_cross(self.cross_norm(x), cross, cross_scores)
-        return x + self.ffn(self.ffn_norm(x)), key, value
+        y, memory = self.attention_cross(self.cross_norm(x), known, hidden, cross_scores)
+        x = x + y
+        return x + self.ffn(self.ffn_norm(x)), [key, value], memory
 
 
 class Decoder(nn.Module):
@@ -115,7 +126,6 @@ class Decoder(nn.Module):
         self.config, self.scale = config, scale
         self.token = token
         self.relation = RelativeBias(config.reach, config.heads)
-        self.cross = Linear(config.hidden_size, cache_width(config), bias=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.final_norm = norm(config)
         self.vocabulary = output
@@ -147,20 +157,20 @@ class Decoder(nn.Module):
         before = past.shape[1]
         layers, size = self.config.layers, self.config.attention_size
         x = self.token(input_ids)
-        crossed = torch.cat([cross, self.cross(hidden)], dim=1)
         places = torch.arange(before + count, device=x.device)
         between = places[None, :] - (before + torch.arange(count, device=x.device))[:, None]
         scores = self.relation(between) + (between > 0).to(x.dtype) * MASKED
-        read = torch.arange(crossed.shape[1], device=x.device)[None, :] < lengths[:, None]
-        cross_scores = masked_scores(read.to(x.dtype))
-        given = crossed.reshape(batch, -1, layers, 2, size)
+        source = cross.shape[1] + hidden.shape[1]
+        read = torch.arange(source, device=x.device)[None, :] < lengths[:, None]
         cached = past.reshape(batch, before, layers, 2, size)
-        return DecoderWalk(x, past, crossed, cached, given, scores, cross_scores, [])
+        known = cross.reshape(batch, cross.shape[1], layers, 2 * size)
+        return DecoderWalk(x, past, cached, known, hidden, scores, masked_scores(read.to(x.dtype)), [], [])
 
     def end(self, walk: DecoderWalk) -> tuple[Tensor, Tensor, Tensor]:
         """Everything behind the layers: see `states`."""
         states: Tensor = self.final_norm(walk.x)
-        return states, torch.cat([walk.past, torch.cat(walk.made, dim=-1)], dim=1), walk.crossed
+        present = torch.cat([walk.past, torch.cat(walk.made, dim=-1)], dim=1)
+        return states, present, torch.cat(walk.crossed, dim=-1)
 
     def logits(self, states: Tensor) -> Tensor:
         """Last hidden states [batch, T, d] -> scores of what follows the last of them, [batch, vocabulary]."""
@@ -174,16 +184,17 @@ class DecoderWalk:
 
     x: Tensor
     past: Tensor
-    crossed: Tensor
     cached: Tensor
-    given: Tensor
+    known: Tensor
+    hidden: Tensor
     scores: Tensor
     cross_scores: Tensor
     made: list[Tensor]
+    crossed: list[Tensor]
 
     def through(self, index: int, layer: DecoderLayer) -> None:
         """The next layer."""
         past = self.cached[:, :, index, 0], self.cached[:, :, index, 1]
-        cross = self.given[:, :, index, 0], self.given[:, :, index, 1]
-        self.x, key, value = layer(self.x, past, cross, self.scores, self.cross_scores)
-        self.made += [key, value]
+        self.x, made, memory = layer(self.x, past, self.known[:, :, index], self.hidden, self.scores, self.cross_scores)
+        self.made += made
+        self.crossed.append(memory)

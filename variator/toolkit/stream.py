@@ -221,18 +221,7 @@ class Stream:
             return self.decoder_layer(int(match[1]))[match[2]]
         if name == "vocabulary" and parts.output is not None:
             return parts.output
-        if name == "cross.weight":
-            return self._cross(parts)
         return parts.outside[name]
-
-    def _cross(self, parts: DecoderParts) -> Tensor:
-        """Filled layer by layer: it is often the largest tensor of all."""
-        first = parts.layer(0)[1]
-        width = first.shape[1]
-        whole = torch.empty(first.shape[0], width * parts.config.layers)
-        for index in range(parts.config.layers):
-            whole[:, index * width : (index + 1) * width] = parts.layer(index)[1]
-        return whole
 
     def decoder_layer(self, index: int) -> dict[str, Tensor]:
         """All tensors of a layer of the decoder; the last one asked for is kept."""
@@ -240,7 +229,7 @@ class Stream:
         if self._held[0] != key:
             assert self._decoder is not None
             self._held = (None, {})
-            self._held = (key, self._decoder.layer(index)[0])
+            self._held = (key, self._decoder.layer(index))
         return self._held[1]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from variator.errors import BackboneError
@@ -64,25 +63,23 @@ class DecoderParts:
     Args:
         config: Its sizes.
         outside: Tensors of `decoder.Decoder` that belong to no layer, without the tables of the vocabulary.
-        layer: Those of one layer, and its part [d, 2 size] of `cross.weight`.
+        layer: Those of one layer.
         output: What hidden states are multiplied with, [d, vocabulary]; None is the embedding table itself.
         scale: Of the hidden states in front of it.
     """
 
     config: EncoderConfig
     outside: dict[str, Tensor]
-    layer: Callable[[int], tuple[dict[str, Tensor], Tensor]]
+    layer: Callable[[int], dict[str, Tensor]]
     output: Tensor | None
     scale: float
 
     def state(self) -> dict[str, Tensor]:
         """All of them, at once."""
-        found, crosses = dict(self.outside), []
+        found = dict(self.outside)
         for index in range(self.config.layers):
-            tensors, cross = self.layer(index)
-            found |= {f"layers.{index}.{name}": tensor for name, tensor in tensors.items()}
-            crosses.append(cross)
-        return found | {"cross.weight": torch.cat(crosses, dim=1)}
+            found |= {f"layers.{index}.{name}": tensor for name, tensor in self.layer(index).items()}
+        return found
 
 
 @dataclass(frozen=True)

@@ -68,14 +68,15 @@ def _decoder(weights: Weights, config: Any, sizes: EncoderConfig) -> DecoderPart
         "final_norm.weight": weights["decoder.final_layer_norm.weight"],
     }
 
-    def layer(index: int) -> tuple[dict[str, Tensor], Tensor]:
-        place, found = f"decoder.block.{index}.layer", {}
+    def layer(index: int) -> dict[str, Tensor]:
+        place = f"decoder.block.{index}.layer"
+        memory = [weights[f"{place}.1.EncDecAttention.{part}.weight"].t() for part in ("k", "v")]
+        found = {"attention_cross.memory.weight": torch.cat(memory, dim=1)}
         for name, source in DECODER_LAYER.items():
             if f"{place}.{source}.weight" in weights:
                 tensor = weights[f"{place}.{source}.weight"]
                 found[f"{name}.weight"] = tensor.t().contiguous() if tensor.ndim == 2 else tensor
-        cross = [weights[f"{place}.1.EncDecAttention.{part}.weight"].t() for part in ("k", "v")]
-        return found, torch.cat(cross, dim=1)
+        return found
 
     table, output = weights["shared.weight"], weights.get("lm_head.weight")
     tied = output is None or (output.shape == table.shape and torch.equal(output, table))
