@@ -119,7 +119,7 @@ gpu-bench: $(if $(REHEARSE),$(VENV)/.ready)
 		$(if $(MINILM),--minilm $(MINILM)) $(if $(GPU_MODELS),--models $(GPU_MODELS)) $(if $(REHEARSE),--rehearse)
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m slow

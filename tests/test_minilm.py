@@ -96,9 +96,8 @@ def minilm_bundle(minilm: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
     return export(minilm, tmp_path_factory.mktemp("minilm") / "bundle", ExportSettings((2, 4, 8)))
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow), pytest.param("bf16", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32", "bf16"])
 def test_plans_of_all_ratios_are_built_ahead_of_time(minilm_bundle: Bundle, precision: str) -> None:
     lacking = BACKENDS["tensorrt-rtx"].missing()
     if lacking:

@@ -96,6 +96,7 @@ def test_rows_with_a_held_out_sentence_are_left_out(tmp_path: Path) -> None:
         assert [json.loads(line) for line in file] == [{"text": "A man dancing alone"}]
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_is_rehearsed_step_by_step_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "tools.gpu_bench", str(out), "--work", str(tmp_path / "work")]

@@ -82,7 +82,7 @@ def settings(place: Path, low: bool = True, **options: object) -> ExportSettings
     return ExportSettings((2, 4), place, low_memory=low, **options)  # type: ignore[arg-type]
 
 
-QUICK = (("t5, gated", "fp32"), ("bert", "bf16"))
+QUICK = (("t5", "bf16"),)
 EVERY = [
     pytest.param(kind, precision, marks=() if (kind, precision) in QUICK else pytest.mark.slow)
     for kind in KINDS

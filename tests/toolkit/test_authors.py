@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tools.scale import parameters_of
+from variator.cli import app
 from variator.errors import InputError, PluginError
 from variator.toolkit.authors import read_authors_checkpoint
+from variator.toolkit.bundle import Bundle
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.plugin import compressed_ffn
 from variator.toolkit.plugin_file import find_plugin, load_plugin, save_plugin
@@ -69,6 +74,38 @@ def test_the_size_is_the_papers(tmp_path: Path) -> None:
     torch.save(released(12, 768), tmp_path / "checkpoint.pkl")
     plugin = read_authors_checkpoint(tmp_path / "checkpoint.pkl")
     assert round(plugin.parameters / 1e6, 2) == 1.93 and (plugin.layers, plugin.hidden_size) == (12, 768)
+
+
+@pytest.mark.slow
+def test_a_plugin_of_theirs_attaches_to_a_t5_base_and_runs(tmp_path: Path) -> None:
+    """Of the shape of T5-base, with random weights: imported, exported, built and run, by the command line."""
+    torch.save(released(12, 768), tmp_path / "checkpoint.pkl")
+    place = str(tmp_path / "bundle")
+    for arguments in (
+        ["import", str(tmp_path / "checkpoint.pkl"), "-o", str(tmp_path / "plugins")],
+        [
+            "export",
+            "random:t5-base",
+            "--task",
+            "hidden",
+            "--ratio",
+            "4",
+            "--plugin",
+            str(tmp_path / "plugins"),
+            "-o",
+            place,
+        ],
+        ["build", place, "--engine", "onnxruntime", "--no-calibrate"],
+        ["run", place, "--ratio", "4", "--text", "the boat was late again", "--json"],
+    ):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["ratio"] == 4 and np.isfinite(answer["outputs"]["last_hidden_state"]).all()
+    entry = Bundle.open(place).manifest.ratios[4]
+    whole = parameters_of("t5-base")
+    assert round(entry.plugin_parameters / 1e6, 2) == 1.93 and round(100 * entry.plugin_parameters / whole, 2) == 0.86
+    assert entry.flops["saved"] > 0.46
 
 
 def test_it_is_saved_and_fits_every_backbone_of_its_family_and_sizes(backbone: Backbone, tmp_path: Path) -> None:

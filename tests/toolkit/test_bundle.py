@@ -30,7 +30,7 @@ def edit(copy: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_the_manifest_keeps_the_contract(bundle: Bundle) -> None:
     manifest = json.loads((bundle.path / "manifest.json").read_text())
-    assert manifest["format_version"] == 3
+    assert manifest["format_version"] == 4
     assert {"model", "family", "task", "pooling", "hidden_size", "layers", "max_length", "precision"} <= set(manifest)
     assert set(manifest["ratios"]) == {"1", "2", "4"}
     entry = manifest["ratios"]["4"]

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import lively
+from tests.conftest import lively, write_checkpoint
 from variator.errors import InputError, VariatorError
-from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.checkpoint import Backbone, load_backbone
 from variator.toolkit.plugin_file import find_plugin, load_plugin, save_plugin
 from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.rows import Encode
@@ -297,10 +297,16 @@ def launched(
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "sharded"), [("bert", False), pytest.param("bert", True, marks=pytest.mark.slow), ("t5", True)]
+)
 def test_two_processes_take_the_same_steps_as_one_that_accumulates(
-    checkpoint: Path, backbone: Backbone, tmp_path: Path, sharded: bool
+    checkpoint: Path, backbone: Backbone, tmp_path: Path, kind: str, sharded: bool
 ) -> None:
+    if kind == "t5":  # with its decoder in the loss
+        ids = {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
+        checkpoint = write_checkpoint("t5", tmp_path / "t5", "AutoModelForSeq2SeqLM", **ids)
+        backbone = load_backbone(str(checkpoint))
     words, start = write_words(tmp_path / "words.txt"), tmp_path / "start"
     for ratio in (2, 4):  # not from zeros: Adam makes whole steps of the rounding in gradients that are nearly zero
         save_plugin(lively(backbone, ratio), start)

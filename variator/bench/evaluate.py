@@ -16,7 +16,7 @@ from variator.tasks.score import Scores, check_head, check_labels, score
 from variator.toolkit.bundle import MANIFEST
 from variator.toolkit.plugin_file import Plugin, find_plugin, keys_in, load_named, load_plain, save_plugin
 from variator.toolkit.plugin_format import Key, file_name, in_order
-from variator.toolkit.rows import Encode
+from variator.toolkit.rows import LONGEST_WRITTEN, Encode, Write
 
 CHOSEN = "*"
 """Behind a change that was measured on the split that chose the plugin."""
@@ -64,7 +64,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored: a model at several ratios."""
+    """What is scored: a model at several ratios, with writers if it is one that writes."""
 
     model: str
     task: str
@@ -74,6 +74,7 @@ class Subject:
     tokenizer: Tokenizer
     limit: int
     encoders: dict[Key, Encode]
+    writers: dict[Key, Write]
     training: Mapping[Key, Mapping[str, Any]]
 
 
@@ -110,7 +111,7 @@ def evaluate(
         found: list[Evaluation] = []
         for ratio, encode in subject.encoders.items():
             on_stage(f"{split.label} at ratio {ratio}")
-            scores = score(split, encode, subject.tokenizer, subject.limit)
+            scores = score(split, encode, subject.tokenizer, subject.limit, subject.writers.get(ratio))
             whole = found[0].scores if found else scores
             metric = split.task.metrics[0]
             drop = 1 - scores[metric] / whole[metric] if whole[metric] else None
@@ -131,6 +132,7 @@ def _opened(place: str | Path, settings: EvalSettings) -> Iterator[Subject]:
 
 @contextmanager
 def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
+    from variator.engines.generation import GenerateSettings
     from variator.engines.runtime import DEFAULT, Runtime
 
     with Runtime.open(path, settings.engine, settings.precision, settings.threads) as runtime:
@@ -145,6 +147,10 @@ def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
         def encoder(ratio: Key) -> Encode:
             return lambda inputs: runtime.infer(inputs, ratio=ratio, truncate=True).outputs
 
+        def writer(ratio: Key) -> Write:
+            settings = GenerateSettings(LONGEST_WRITTEN)
+            return lambda inputs: runtime.generate(inputs, ratio=ratio, truncate=True, settings=settings).texts
+
         yield Subject(
             manifest.model,
             manifest.task,
@@ -154,13 +160,14 @@ def _bundle(path: Path, settings: EvalSettings) -> Iterator[Subject]:
             runtime.tokenizer,
             manifest.max_length,
             {ratio: encoder(ratio) for ratio in ratios},
+            {ratio: writer(ratio) for ratio in ratios if manifest.decoder is not None},
             training,
         )
 
 
 def _checkpoint(model: str, settings: EvalSettings) -> Subject:
     from variator.toolkit.checkpoint import load_backbone
-    from variator.training.student import answering
+    from variator.training.student import answering, writing
 
     backbone = load_backbone(model, settings.kind)
     plugins: dict[Key, Plugin] = {}
@@ -184,6 +191,7 @@ def _checkpoint(model: str, settings: EvalSettings) -> Subject:
         backbone.tokenizer.backend_tokenizer,
         backbone.max_length,
         encoders,
+        {key: writing(backbone, encode) for key, encode in encoders.items() if backbone.decoder is not None},
         {key: plugin.training for key, plugin in plugins.items()},
     )
 

@@ -536,11 +536,19 @@ class Runtime:
         if isinstance(texts, tuple) and 1 <= len(texts) <= 2 and all(isinstance(text, str) for text in texts):
             if not any(str(text).strip() for text in texts):
                 raise InputError(f"input {index} is an empty text", valid="a text with at least one character")
+            prompt = self.bundle.manifest.prompt
+            texts = texts if prompt is None else (prompt.fill(texts),)
             tokenizer = self._truncating if truncate else self._tokenizer
             try:
                 encoding = tokenizer.encode(*texts)
             except TypeError as error:
                 raise InputError(f"input {index} is not valid Unicode: {error}", valid="text") from error
+            if prompt is not None and tokenizer.token_to_id(prompt.gap) not in encoding.ids:
+                raise InputError(
+                    f"input {index} is so long that {prompt.gap} behind it was cut off",
+                    valid=f"{self.bundle.manifest.max_length} tokens with the prompt",
+                    fix="shorten it, or export with a template that has the gap in front",
+                )
             return Row(encoding.ids, encoding.type_ids)
         whole = isinstance(value, Sequence) and not isinstance(value, bytes | bytearray) and len(value) > 0
         # By their types, of which there are few, not one by one: requests come by the hundred in a second.

@@ -473,4 +473,5 @@ def _manifest(
         shared=profile,
         labels=list(backbone.labels),
         picture=backbone.config.picture,
+        prompt=backbone.prompt,
     )

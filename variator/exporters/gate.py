@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from variator.exporters.graph import Compressed
     from variator.toolkit.checkpoint import Backbone
+    from variator.toolkit.prompt import Prompt
 
 Array = npt.NDArray[np.float32]
 Feed = dict[str, npt.NDArray[Any]]
@@ -224,11 +225,24 @@ def add_logits(outputs: dict[str, Array], head: Head) -> None:
 def _original(backbone: Backbone, tensors: Mapping[str, object]) -> tuple[object, ...]:
     """Ratio 1 by transformers' own code; our head only where transformers has none."""
     original: Any = backbone.original
+    if backbone.prompt is not None:
+        return (_asked(backbone, backbone.prompt, tensors),)
     result = original.get_encoder()(**tensors) if backbone.decoder is not None else original(**tensors)
     if backbone.task in ("classify", "qa"):
         return tuple(getattr(result, name) for name in backbone.outputs)
     mask = tensors["attention_mask"]
     return tuple(backbone.model.head(result.last_hidden_state, mask.float()))  # type: ignore[attr-defined]
+
+
+def _asked(backbone: Backbone, prompt: Prompt, tensors: Mapping[str, object]) -> object:
+    """transformers' own scores of a prompt's words, behind the gap's mark: [1, classes]."""
+    import torch
+
+    original: Any = backbone.original
+    gap, words = prompt.tokens(backbone.tokenizer)
+    start = original.generation_config.decoder_start_token_id
+    start = original.config.decoder_start_token_id if start is None else start
+    return original(**tensors, decoder_input_ids=torch.tensor([[start, gap]])).logits[:, -1, words]
 
 
 def decoder_shapes(width: int) -> list[tuple[int, int, int, int]]:

@@ -126,6 +126,12 @@ def _groups(graph: ir.Graph) -> dict[ir.Node, int]:
         elif least == last and node.metadata_props.get(PART_KEY) == "head":
             least = last + 1
         found[node] = least
+    for node in reversed(graph):  # what is only moved about (a table transposed, a layer's share) is not kept waiting
+        users = [found[use.node] for value in node.outputs for use in value.uses()]
+        leaves = any(value.is_graph_output() for value in node.outputs)
+        looks_up = node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+        if LAYER_KEY not in node.metadata_props and users and not leaves and not looks_up:
+            found[node] = max(found[node], min(users))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from variator.errors import InputError
+from variator.toolkit.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Task:
         labels: Names of the classes from 0; none where the label is a number from 0 to 5, or an answer.
         metrics: Names of its scores, the one that counts first.
         hub: Dataset and configuration on the hub, and its split for `dev`; that for `train` is `train`.
+        prompt: How a model that writes is asked, of classification tasks.
         sizes: Rows (questions) of the full `train` and `dev` splits, to tell a sample.
     """
 
@@ -31,6 +33,7 @@ class Task:
     metrics: tuple[str, ...]
     hub: tuple[str, str | None, str]
     sizes: dict[str, int]
+    prompt: Prompt | None = None
 
     @property
     def classes(self) -> int:
@@ -44,25 +47,56 @@ def _glue(
     train: int,
     dev: int,
     labels: tuple[str, ...],
+    template: str,
+    words: tuple[str, ...],
     metrics: tuple[str, ...] = ("accuracy",),
     split: str = "validation",
 ) -> Task:
-    return Task(name, "classify", fields, labels, metrics, ("nyu-mll/glue", name, split), {"train": train, "dev": dev})
+    hub, sizes = ("nyu-mll/glue", name, split), {"train": train, "dev": dev}
+    return Task(name, "classify", fields, labels, metrics, hub, sizes, Prompt(template, list(words), list(labels)))
 
 
 ENTAILMENT = ("entailment", "not_entailment")
 ENTAILMENT_3 = ("entailment", "neutral", "contradiction")
 PAIR = ("sentence1", "sentence2")
 QUESTIONS = ("question1", "question2")
+NO_YES, YES_NO = ("no", "yes"), ("yes", "no")
+FOLLOWS = "Does the second follow from the first? <extra_id_0>. first: {0} second: {1}"
+SAME = "Do both mean the same? <extra_id_0>. first: {0} second: {1}"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        _glue("mnli", ("premise", "hypothesis"), 392_702, 9_815, ENTAILMENT_3, split="validation_matched"),
-        _glue("qnli", ("question", "sentence"), 104_743, 5_463, ENTAILMENT),
-        _glue("qqp", QUESTIONS, 363_846, 40_430, ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
-        _glue("rte", PAIR, 2_490, 277, ENTAILMENT),
-        _glue("sst2", ("sentence",), 67_349, 872, ("negative", "positive")),
-        _glue("mrpc", PAIR, 3_668, 408, ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")),
+        _glue(
+            "mnli",
+            ("premise", "hypothesis"),
+            392_702,
+            9_815,
+            ENTAILMENT_3,
+            FOLLOWS,
+            ("yes", "perhaps", "no"),
+            split="validation_matched",
+        ),
+        _glue(
+            "qnli",
+            ("question", "sentence"),
+            104_743,
+            5_463,
+            ENTAILMENT,
+            "Is it answered? <extra_id_0>. question: {0} text: {1}",
+            YES_NO,
+        ),
+        _glue("qqp", QUESTIONS, 363_846, 40_430, ("not_duplicate", "duplicate"), SAME, NO_YES, ("accuracy", "f1")),
+        _glue("rte", PAIR, 2_490, 277, ENTAILMENT, FOLLOWS, YES_NO),
+        _glue(
+            "sst2",
+            ("sentence",),
+            67_349,
+            872,
+            ("negative", "positive"),
+            "It was <extra_id_0>. {0}",
+            ("terrible", "great"),
+        ),
+        _glue("mrpc", PAIR, 3_668, 408, ("not_equivalent", "equivalent"), SAME, NO_YES, ("accuracy", "f1")),
         Task(
             "squad",
             "qa",

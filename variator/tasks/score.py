@@ -12,18 +12,19 @@ from variator.errors import InputError
 from variator.tasks import squad
 from variator.tasks.catalogue import Task
 from variator.tasks.read import Example, Split
-from variator.toolkit.rows import Encode
+from variator.toolkit.rows import Encode, Write
 
 Scores = dict[str, float]
 """By metric, all in [0, 1] (correlations in [-1, 1])."""
 
 
-def score(split: Split, encode: Encode, tokenizer: Tokenizer, limit: int) -> Scores:
+def score(split: Split, encode: Encode, tokenizer: Tokenizer, limit: int, write: Write | None = None) -> Scores:
     """Score a split.
 
     Args:
         encode: Answers texts with the outputs of the task's head.
         tokenizer, limit: Of the model, for SQuAD's windows.
+        write: Of a model that writes, which answers questions in words.
 
     Returns:
         The task's metrics, the one that counts first.
@@ -31,10 +32,12 @@ def score(split: Split, encode: Encode, tokenizer: Tokenizer, limit: int) -> Sco
     examples = split.examples
     if split.task.head == "embed":
         return correlations(similarities(encode, examples), [example.label for example in examples])
+    if split.task.head == "qa" and write is not None:
+        return _answered(write([squad.question_of(example) for example in examples]), examples)
     if split.task.head == "qa":
         cut = squad.windows(tokenizer, examples, limit)
         given = squad.answers(cut, encode([window.row for window in cut]), examples)
-        return {"f1": _best(squad.f1, given, examples), "exact_match": _best(squad.exact_match, given, examples)}
+        return _answered(given, examples)
     logits = encode([example.input for example in examples])["logits"]
     if logits.shape[-1] != split.task.classes:
         raise InputError(
@@ -44,8 +47,8 @@ def score(split: Split, encode: Encode, tokenizer: Tokenizer, limit: int) -> Sco
 
 
 def check_head(task: Task, head: str, model: str) -> None:
-    """Raise `InputError` unless a model's head is the one that a task needs."""
-    if head == task.head:
+    """Raise `InputError` unless a model's head is the one that a task needs, or writes answers."""
+    if head == task.head or (task.head, head) == ("qa", "seq2seq"):
         return
     tuned = f"fine-tune one first: variator finetune MODEL --task {task.name} -o DIR"
     raise InputError(
@@ -100,6 +103,10 @@ def _classified(split: Split, found: npt.NDArray[np.int64]) -> Scores:
     if "f1" in split.task.metrics:
         measured["f1"] = float(f1_score(gold, found))
     return measured
+
+
+def _answered(given: Sequence[str], examples: Sequence[Example]) -> Scores:
+    return {"f1": _best(squad.f1, given, examples), "exact_match": _best(squad.exact_match, given, examples)}
 
 
 def _best(metric: Callable[[str, str], float], given: Sequence[str], examples: Sequence[Example]) -> float:

@@ -51,6 +51,12 @@ class Window:
         return (inside[0], inside[-1]) if whole else (0, 0)
 
 
+def question_of(example: Example) -> str:
+    """What a model that writes is asked (Raffel et al., JMLR 2020)."""
+    question, context = example.texts
+    return f"question: {question.strip()} context: {context.strip()}"
+
+
 def windows(tokenizer: Tokenizer, examples: Sequence[Example], limit: int) -> list[Window]:
     """Cut every example into windows of at most `limit` (and `LONGEST_WINDOW`) tokens."""
     length = min(limit, LONGEST_WINDOW)

@@ -14,9 +14,10 @@ from typing import Any
 from variator.errors import BundleError, InputError
 from variator.files import inside, sha256_of, write_atomically
 from variator.toolkit.plugin_format import PLUGIN_FORMAT, Key, PluginConfig, in_order, parse_key
+from variator.toolkit.prompt import Prompt
 
-FORMAT_VERSION = 3
-READABLE = (1, 2, 3)
+FORMAT_VERSION = 4
+READABLE = (1, 2, 3, 4)
 """Version 1 had no layout but `per-ratio`, version 2 no decoder."""
 
 MANIFEST = "manifest.json"
@@ -168,6 +169,7 @@ class Manifest:
         labels: Of a classifier's classes, in order; empty for other tasks, and in bundles written before it was there.
         vocabulary: 0 for models that read pictures.
         max_length: Longest sequence in tokens; of pictures the only one, in patches.
+        prompt: What a classifier that writes is asked; texts go in there.
     """
 
     versions: dict[str, str]
@@ -192,6 +194,7 @@ class Manifest:
     labels: list[str] = field(default_factory=list)
     decoder: DecoderEntry | None = None
     picture: Picture | None = None
+    prompt: Prompt | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -226,7 +229,11 @@ class Manifest:
             decoder = None if entry is None else DecoderEntry(**entry)
             entry = data.pop("picture", None)
             picture = None if entry is None else Picture(**entry)
-            manifest = Manifest(ratios=ratios, files=files, shared=shared, decoder=decoder, picture=picture, **data)
+            entry = data.pop("prompt", None)
+            prompt = None if entry is None else Prompt(**entry)
+            manifest = Manifest(
+                ratios=ratios, files=files, shared=shared, decoder=decoder, picture=picture, prompt=prompt, **data
+            )
         except (TypeError, ValueError, KeyError, AttributeError, InputError) as error:
             raise BundleError(f"{place} is damaged: {error}", fix=fix) from error
         beside = [part for part in (shared, decoder, picture) if part is not None]

@@ -1,7 +1,7 @@
 """Load a checkpoint, local or from a hub, into the canonical encoder with its own head.
 
-The task is read from the checkpoint's files: sentence-transformers' `modules.json` means `embed`, a
-`...ForSequenceClassification` architecture `classify`, `...ForQuestionAnswering` `qa`, `...ForConditionalGeneration`
+The task is read from the checkpoint's files: sentence-transformers' `modules.json` means `embed`, our `prompt.json` or
+a `...ForSequenceClassification` architecture `classify`, `...ForQuestionAnswering` `qa`, `...ForConditionalGeneration`
 `seq2seq`, anything else `hidden`.
 No code from a model directory is ever run.
 """
@@ -9,7 +9,6 @@ No code from a model directory is ever run.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -21,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from variator.errors import BackboneError, InputError
+from variator.toolkit.checkpoint_files import read_prompt, sentence_transformers
 from variator.toolkit.decoder import Decoder
 from variator.toolkit.encoder import Encoder, EncoderConfig, rotary_tables
 from variator.toolkit.families import family_of
 from variator.toolkit.families.base import ACTIVATION_NAMES, Classifier, DecoderParts, Family
-from variator.toolkit.heads import OUTPUTS, ClassifyHead, EmbedHead, HiddenHead, QaHead, linear
+from variator.toolkit.heads import OUTPUTS, ClassifyHead, EmbedHead, GapHead, HiddenHead, QaHead, linear
 from variator.toolkit.plugin import Compression
+from variator.toolkit.prompt import FILE, Prompt
 from variator.toolkit.random_models import PREFIX, RANDOM_MARK, write_random_checkpoint
 from variator.toolkit.rows import Special
 from variator.toolkit.stream import Layered, Stream, open_stream, placeholders
@@ -41,14 +42,6 @@ AUTO_CLASSES = {
     "hidden": "AutoModel",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-
-SENTENCE_TRANSFORMERS = [
-    ["Transformer", "Pooling"],
-    ["Transformer", "Pooling", "Normalize"],
-    ["Transformer", "Pooling", "Dense"],
-    ["Transformer", "Pooling", "Dense", "Normalize"],
-]
-"""Chains of sentence-transformers modules that `heads.EmbedHead` computes."""
 
 TORCH_ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modules.linear.Identity": ""}
 """Activation classes that a sentence-transformers Dense module may name -> ours."""
@@ -98,6 +91,7 @@ class Backbone:
         source: The directory or hub id it was loaded from.
         real: False for a checkpoint with random weights.
         decoder: Of task seq2seq; shares its embedding table with the encoder.
+        prompt: How it is asked for a class, if it classifies by writing (`heads.GapHead`).
         generation: transformers' generation configuration, with a `stream`; else it is that of `original`.
         stream: Where the tensors are that `model` and `decoder` hold placeholders for, if it was loaded for low memory.
     """
@@ -118,6 +112,7 @@ class Backbone:
     decoder: Decoder | None = None
     stream: Stream | None = None
     generation: Any = None
+    prompt: Prompt | None = None
 
     @property
     def config(self) -> EncoderConfig:
@@ -138,6 +133,8 @@ class Backbone:
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of a classifier's classes, in order; empty for other tasks."""
+        if self.prompt is not None:
+            return tuple(self.prompt.names)
         if not isinstance(self.model.head, ClassifyHead):
             return ()
         named = self.checkpoint.id2label or {}
@@ -216,20 +213,23 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
     family = family_of(config.model_type)
     if family.picture is not None:  # of a model of texts and pictures its vision tower
         config = getattr(config, "vision_config", config)
-    files = _sentence_transformers_files(model, directory)
-    task = task or _detect_task(config, files)
+    files = sentence_transformers(model)
+    prompt = read_prompt(model) if family.decoder is not None and task in (None, "classify") else None
+    task = task or ("classify" if prompt else _detect_task(config, files))
     sizes = family.encoder_config(config)
-    original = _load_original(_class_of(family, config, task), model, task, family)
+    original = _load_original(_class_of(family, config, "seq2seq" if prompt else task), model, task, family)
     stored = {key.removeprefix(f"{original.base_model_prefix}."): value for key, value in original.state_dict().items()}
     weights = family.prepare(stored, config)
     encoder = Encoder(sizes)
     state = family.encoder_weights(weights, config)
     encoder.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    tokenizer = None if sizes.picture else _load(transformers.AutoTokenizer, model)
     decoder = None
     if task == "seq2seq" and family.decoder is not None:
         decoder = _decoder(family.decoder(weights, config, sizes), encoder.table)
     head, pooling = _head(task, family, weights, files, config)
-    tokenizer = None if sizes.picture else _load(transformers.AutoTokenizer, model)
+    if prompt is not None and family.decoder is not None:
+        head = _gap_head(family.decoder(weights, config, sizes), encoder.table, prompt, tokenizer, original, model)
     limit = int(files.get("sentence_bert_config.json", {}).get("max_seq_length") or encoder.config.max_length)
     return Backbone(
         id=name or (directory.resolve().name if directory.exists() else model),
@@ -246,6 +246,7 @@ def load_backbone(model: str, task: str | None = None, name: str | None = None) 
         real=not getattr(config, RANDOM_MARK, False),
         pooling=pooling,
         decoder=None if decoder is None else decoder.eval().requires_grad_(False),
+        prompt=prompt,
     )
 
 
@@ -270,7 +271,12 @@ def stream_backbone(model: str, task: str | None = None, name: str | None = None
     family = family_of(config.model_type)
     if family.picture is not None:
         raise BackboneError(f"{config.model_type!r} is not exported with low memory", fix="leave --low-memory out")
-    files = _sentence_transformers_files(model, directory)
+    files = sentence_transformers(model)
+    if task in (None, "classify") and family.decoder is not None and read_prompt(model):
+        raise BackboneError(
+            f"{model!r} classifies by writing, which is not exported with low memory",
+            valid="--task seq2seq, and score the words; or no --low-memory",
+        )
     task = task or _detect_task(config, files)
     auto = _class_of(family, config, task)
     concrete = auto._model_mapping[type(config)] if hasattr(auto, "_model_mapping") else auto
@@ -334,6 +340,30 @@ def _decoder(parts: DecoderParts, token: nn.Embedding) -> Decoder:
     return decoder
 
 
+def _gap_head(
+    parts: DecoderParts, table: nn.Embedding, prompt: Prompt, tokenizer: Any, original: PreTrainedModel, model: str
+) -> GapHead:
+    """What classifies by a prompt's words: of the vocabulary's tables no more than these."""
+    start: Any = getattr(original.generation_config, "decoder_start_token_id", None)
+    start = original.config.decoder_start_token_id if start is None else start
+    if start is None:
+        raise BackboneError(f"{model!r} does not say how texts begin", valid="decoder_start_token_id in config.json")
+    try:
+        gap, words = prompt.tokens(tokenizer)
+    except InputError as error:
+        raise BackboneError(f"{FILE} of {model!r}: {error}") from error
+    known = nn.Embedding(2, table.embedding_dim, _weight=table.weight[[start, gap]].clone())
+    output = table.weight[words].t() if parts.output is None else parts.output[:, words].float()
+    return GapHead(_decoder(replace(parts, output=output.contiguous()), known))
+
+
+def writes(model: str) -> bool:
+    """Whether a checkpoint is of a family that writes texts. Errors as `load_backbone`."""
+    import transformers
+
+    return family_of(_load(transformers.AutoConfig, model).model_type).decoder is not None
+
+
 def _class_of(family: Family, config: PretrainedConfig, task: str) -> Any:
     """transformers' class for a family's encoder with a task's head.
 
@@ -350,8 +380,9 @@ def _class_of(family: Family, config: PretrainedConfig, task: str) -> Any:
     }
     if not computed.get(task, True):
         valid = [name for name in AUTO_CLASSES if computed.get(name, True)]
+        asked = f"; or classify with {FILE}, as variator finetune writes it" if family.decoder is not None else ""
         raise BackboneError(
-            f"task {task} is not supported for {config.model_type!r}", valid=f"{', '.join(valid)} (--task)"
+            f"task {task} is not supported for {config.model_type!r}", valid=f"{', '.join(valid)} (--task){asked}"
         )
     own = family.auto_classes.get(config.model_type) if encoder_alone else None
     return getattr(transformers, own or AUTO_CLASSES[task])
@@ -400,59 +431,6 @@ def _detect_task(config: PretrainedConfig, files: Mapping[str, Any]) -> str:
     if architecture.endswith("ForConditionalGeneration"):
         return "seq2seq"
     return "qa" if architecture.endswith("ForQuestionAnswering") else "hidden"
-
-
-def _sentence_transformers_files(model: str, directory: Path) -> dict[str, Any]:
-    """The JSON files that make a checkpoint a sentence-transformers model, and its Dense weights, by name."""
-
-    def path_of(name: str) -> Path | None:
-        if directory.exists():
-            path = directory / name
-            if not path.resolve().is_relative_to(directory.resolve()):
-                raise BackboneError(f"modules.json names a path outside the model directory: {name!r}")
-            return path if path.exists() else None
-        from transformers.utils import cached_file
-
-        found = cached_file(
-            model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-        return Path(found) if found else None
-
-    def read(name: str) -> Any:
-        path = path_of(name)
-        try:
-            return None if path is None else json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BackboneError(f"{name} of {model!r} is not valid JSON: {error}") from error
-
-    modules = read("modules.json")
-    if modules is None:
-        return {}
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-    if kinds not in SENTENCE_TRANSFORMERS:
-        raise BackboneError(
-            f"sentence-transformers modules {', '.join(kinds)} are not supported",
-            valid="; ".join(", ".join(known) for known in SENTENCE_TRANSFORMERS),
-        )
-    if (read("sentence_bert_config.json") or {}).get("do_lower_case"):
-        raise BackboneError(
-            f"{model!r} lowercases texts outside its tokenizer (do_lower_case in sentence_bert_config.json)",
-            valid="do_lower_case false",
-            fix="let the tokenizer lowercase, and set it to false",
-        )
-    files: dict[str, Any] = {
-        "modules.json": modules,
-        "sentence_bert_config.json": read("sentence_bert_config.json") or {},
-    }
-    for module in modules:
-        kind, folder = str(module["type"]).rsplit(".", 1)[-1], str(module["path"])
-        if kind in ("Pooling", "Dense"):
-            files[kind] = read(f"{folder}/config.json")
-        if kind == "Dense":
-            files["Dense weights"] = path_of(f"{folder}/model.safetensors")
-        if kind == "Normalize":
-            files[kind] = True
-    return files
 
 
 def _head(

@@ -56,10 +56,12 @@ class TextAttention(nn.Module):
         self.query, self.key, self.value = (Linear(d, size, bias=False) for _ in range(3))
         self.output = Linear(size, d, bias=False)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor], scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [batch, T, d], past keys and values [batch, P, size] -> [batch, T, d], and keys and values of x."""
         key, value = self.key(x), self.value(x)
-        keys, values = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
+        keys, values = key, value
+        if past is not None:
+            keys, values = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
         return self.output(attend(self.query(x), keys, values, scores, self.heads)), key, value
 
 
@@ -74,10 +76,10 @@ class CrossAttention(nn.Module):
         self.memory = Linear(d, 2 * self.size, bias=False)
         self.output = Linear(self.size, d, bias=False)
 
-    def forward(self, x: Tensor, known: Tensor, hidden: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, known: Tensor | None, hidden: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """x [batch, T, d], known [batch, M, 2 size], hidden [batch, N, d] -> [batch, T, d] and [batch, N, 2 size]."""
         new = self.memory(hidden)
-        cross = torch.cat([known, new], dim=1)
+        cross = new if known is None else torch.cat([known, new], dim=1)
         keys, values = cross[..., : self.size], cross[..., self.size :]
         return self.output(attend(self.query(x), keys, values, scores, self.heads)), new
 
@@ -97,8 +99,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        past: tuple[Tensor, Tensor],
-        known: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        known: Tensor | None,
         hidden: Tensor,
         scores: Tensor,
         cross_scores: Tensor,
@@ -138,44 +140,58 @@ class Decoder(nn.Module):
         return self.logits(states), present, crossed
 
     def start(self, input_ids: Tensor, lengths: Tensor, hidden: Tensor) -> Tensor:
-        """Last hidden states [batch, T, d] of a text from its beginning."""
-        nothing = hidden.new_zeros(len(hidden), 0, cache_width(self.config))
-        return self.states(input_ids, lengths, hidden, nothing, nothing)[0]
+        """Last hidden states [batch, T, d] of a text from its beginning, nothing kept."""
+        states: Tensor = self.final_norm(self._through(self.begin(input_ids, lengths, hidden)).x)
+        return states
 
     def states(
         self, input_ids: Tensor, lengths: Tensor, hidden: Tensor, cross: Tensor, past: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments as `INPUTS` -> last hidden states [batch, T, d], and the memories for the next step."""
-        walk = self.begin(input_ids, lengths, hidden, cross, past)
+        return self.end(self._through(self.begin(input_ids, lengths, hidden, cross, past)))
+
+    def _through(self, walk: DecoderWalk) -> DecoderWalk:
         for index, layer in enumerate(cast("Iterable[DecoderLayer]", self.layers)):
             walk.through(index, layer)
-        return self.end(walk)
+        return walk
 
-    def begin(self, input_ids: Tensor, lengths: Tensor, hidden: Tensor, cross: Tensor, past: Tensor) -> DecoderWalk:
+    def begin(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        hidden: Tensor,
+        cross: Tensor | None = None,
+        past: Tensor | None = None,
+    ) -> DecoderWalk:
         """Everything in front of the layers; arguments as `INPUTS`."""
         batch, count = input_ids.shape
-        before = past.shape[1]
+        before = 0 if past is None else past.shape[1]
         layers, size = self.config.layers, self.config.attention_size
         x = self.token(input_ids)
         places = torch.arange(before + count, device=x.device)
         between = places[None, :] - (before + torch.arange(count, device=x.device))[:, None]
         scores = self.relation(between) + (between > 0).to(x.dtype) * MASKED
-        source = cross.shape[1] + hidden.shape[1]
+        source = hidden.shape[1] + (0 if cross is None else cross.shape[1])
         read = torch.arange(source, device=x.device)[None, :] < lengths[:, None]
-        cached = past.reshape(batch, before, layers, 2, size)
-        known = cross.reshape(batch, cross.shape[1], layers, 2 * size)
+        cached = None if past is None else past.reshape(batch, before, layers, 2, size)
+        known = None if cross is None else cross.reshape(batch, cross.shape[1], layers, 2 * size)
         return DecoderWalk(x, past, cached, known, hidden, scores, masked_scores(read.to(x.dtype)), [], [])
 
     def end(self, walk: DecoderWalk) -> tuple[Tensor, Tensor, Tensor]:
         """Everything behind the layers: see `states`."""
         states: Tensor = self.final_norm(walk.x)
-        present = torch.cat([walk.past, torch.cat(walk.made, dim=-1)], dim=1)
+        made = torch.cat(walk.made, dim=-1)
+        present = made if walk.past is None else torch.cat([walk.past, made], dim=1)
         return states, present, torch.cat(walk.crossed, dim=-1)
 
     def logits(self, states: Tensor) -> Tensor:
         """Last hidden states [batch, T, d] -> scores of what follows the last of them, [batch, vocabulary]."""
+        return self.scores(states[:, -1])
+
+    def scores(self, states: Tensor) -> Tensor:
+        """[..., d] -> [..., vocabulary]."""
         table = self.token.weight.t() if self.vocabulary is None else self.vocabulary
-        return torch.matmul(states[:, -1] * self.scale, table)
+        return torch.matmul(states * self.scale, table)
 
 
 @dataclass
@@ -183,9 +199,9 @@ class DecoderWalk:
     """Tokens on their way through the layers, with what these attend to."""
 
     x: Tensor
-    past: Tensor
-    cached: Tensor
-    known: Tensor
+    past: Tensor | None
+    cached: Tensor | None
+    known: Tensor | None
     hidden: Tensor
     scores: Tensor
     cross_scores: Tensor
@@ -194,7 +210,8 @@ class DecoderWalk:
 
     def through(self, index: int, layer: DecoderLayer) -> None:
         """The next layer."""
-        past = self.cached[:, :, index, 0], self.cached[:, :, index, 1]
-        self.x, made, memory = layer(self.x, past, self.known[:, :, index], self.hidden, self.scores, self.cross_scores)
+        past = None if self.cached is None else (self.cached[:, :, index, 0], self.cached[:, :, index, 1])
+        known = None if self.known is None else self.known[:, :, index]
+        self.x, made, memory = layer(self.x, past, known, self.hidden, self.scores, self.cross_scores)
         self.made += made
         self.crossed.append(memory)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variator.errors import BackboneError
+from variator.toolkit.decoder import Decoder
 from variator.toolkit.encoder import Linear
 from variator.toolkit.plugin import ACTIVATIONS, MASKED
 
@@ -93,6 +94,27 @@ class QaHead(nn.Module):
         """hidden: [batch, S, d], mask: [batch, S] -> ([batch, S], [batch, S]), very negative on padding."""
         scores = self.output(hidden) + ((1.0 - mask) * MASKED).unsqueeze(-1)
         return scores[..., 0], scores[..., 1]
+
+
+class GapHead(nn.Module):
+    """A decoder that knows two tokens, the start and a gap's mark, and as many words as there are classes.
+
+    Args:
+        decoder: Whose embedding table holds the two, and whose vocabulary the words; see `toolkit.prompt`.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """hidden: [batch, S, d], mask: [batch, S] in its type -> ([batch, classes],)."""
+        return (self.decoder.logits(self.states(hidden, mask)),)
+
+    def states(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The decoder's last hidden states at both tokens, [batch, 2, d]."""
+        ids = torch.arange(2, device=hidden.device).expand(hidden.shape[0], 2)
+        return self.decoder.start(ids, mask.sum(dim=1).to(torch.int64), hidden * mask.unsqueeze(-1))
 
 
 class HiddenHead(nn.Module):

@@ -37,6 +37,11 @@ Input = str | tuple[str, str] | Sequence[int] | Row | npt.NDArray[np.float32]
 Encode = Callable[[Sequence[Input]], Outputs]
 """Whatever answers inputs with a task's outputs: PyTorch, an engine, a runtime. Texts beyond its limit are cut."""
 
+Write = Callable[[Sequence[Input]], list[str]]
+"""Whatever answers inputs with a text each, of at most `LONGEST_WRITTEN` tokens."""
+
+LONGEST_WRITTEN = 32
+
 
 def place(
     outputs: Outputs, name: str, values: npt.NDArray[np.float32], indices: Sequence[int], lengths: Sequence[int]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from variator import machine
 from variator.errors import BackboneError
 from variator.toolkit.families.base import DecoderParts, Family
 
@@ -142,6 +143,7 @@ class Layered(Mapping[str, Tensor]):
         prefix = match[1]
         if self._held[0] != prefix:
             self._held = ("", {})
+            machine.release_memory()  # the allocator keeps what is freed in the sizes of most layers
             raw = {one: self._files[one] for one in self._files if one.startswith(prefix)}
             self._held = (prefix, self._family.prepare(raw, self._config))
         return self._held[1]

@@ -14,13 +14,25 @@ from torch import Tensor
 
 from variator.toolkit.checkpoint import Model
 from variator.toolkit.decoder import Decoder
+from variator.toolkit.heads import GapHead
 from variator.toolkit.plugin import compression
 from variator.toolkit.plugin_format import Key, PluginConfig
 from variator.training.batch import Batch
-from variator.training.objective import Losses, Weights, label_loss, normalised_error, output_terms
+from variator.training.objective import (
+    IGNORED,
+    Losses,
+    Weights,
+    label_loss,
+    normalised_error,
+    output_terms,
+    text_loss,
+)
 
 DECODED = 64
 """Most tokens of each text that a decoder writes again."""
+
+ANSWER = "answer"
+"""Label that is a text: its tokens [batch, T], `IGNORED` behind its end."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,8 @@ class Teacher:
         model: The frozen backbone, which computes the students, too.
         task: A key of `toolkit.heads.OUTPUTS`.
         weights: Of the loss's terms.
-        decoder: Of task seq2seq: it writes the text that the encoder read, and its hidden states count, too (the
-            paper's section 3.3).
+        decoder: Of task seq2seq: it writes the answer or, without labels, the text that the encoder read, and its
+            hidden states count, too (the paper's section 3.3).
         start: Token that it starts with.
     """
 
@@ -42,13 +54,24 @@ class Teacher:
     decoder: Decoder | None = None
     start: int = 0
 
-    def decoded(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """The decoder's last hidden states [batch, T, d], T at most `DECODED`, by the encoder's [batch, S, d]."""
-        assert self.decoder is not None
-        (read,) = self.model.head(hidden, batch.mask.float())
-        ids = batch.ids[:, : min(DECODED, batch.ids.shape[1]) - 1]
-        ids = torch.cat([ids.new_full((len(batch.ids), 1), self.start), ids], dim=1)
-        return self.decoder.start(ids, batch.mask.sum(dim=1), read)
+    def decoded(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The decoder's last hidden states [batch, T, d] by the encoder's [batch, S, d], and which of them count.
+
+        None for a model without one.
+        """
+        mask, head = batch.mask.float(), self.model.head
+        if isinstance(head, GapHead):
+            states = head.states(hidden, mask)
+            return states, torch.ones_like(states[..., 0])
+        if self.decoder is None:
+            return None
+        text, counts = batch.ids[:, :DECODED], mask[:, :DECODED]
+        if ANSWER in batch.labels:
+            text = batch.labels[ANSWER]
+            counts = (text != IGNORED).float()
+        ids = torch.cat([text.new_full((len(text), 1), self.start), text[:, :-1].clamp(min=0)], dim=1)
+        (read,) = head(hidden, mask)
+        return self.decoder.start(ids, batch.mask.sum(dim=1), read), counts
 
 
 def distil_step(
@@ -64,7 +87,7 @@ def distil_step(
         targets: list[Tensor] = []
         hidden = model.encoder(batch.ids, batch.mask, batch.types, states=targets)
         wanted = model.head(hidden, mask)
-        written = teacher.decoded(batch, hidden) if teacher.decoder is not None else None
+        written = teacher.decoded(batch, hidden)
     return {
         config.key: _student(teacher, config, tensors[config.key], batch, targets, wanted, written)
         for config in configs
@@ -78,7 +101,7 @@ def _student(
     batch: Batch,
     targets: Sequence[Tensor],
     wanted: Sequence[Tensor],
-    written: Tensor | None,
+    written: tuple[Tensor, Tensor] | None,
 ) -> Losses:
     model, weights, mask = teacher.model, teacher.weights, batch.mask.float()
     states: list[Tensor] = []
@@ -86,10 +109,12 @@ def _student(
     outputs = model.head(hidden, mask)
     layers = torch.stack([normalised_error(ours, theirs, mask) for ours, theirs in zip(states, targets, strict=True)])
     terms = output_terms(teacher.task, outputs, wanted, mask)
-    if written is not None:
-        ours = teacher.decoded(batch, hidden)
-        terms["decoder"] = normalised_error(ours, written, mask[:, : ours.shape[1]])
-    if batch.labels:
+    ours = teacher.decoded(batch, hidden)
+    if written is not None and ours is not None:
+        terms["decoder"] = normalised_error(ours[0], *written)
+    if ANSWER in batch.labels and ours is not None and teacher.decoder is not None:
+        terms["task"] = text_loss(teacher.decoder.scores(ours[0]), batch.labels[ANSWER])
+    elif batch.labels:
         terms["task"] = label_loss(teacher.task, outputs, batch.labels, mask)
     total = weights.hidden * layers.mean() + sum(getattr(weights, name) * term for name, term in terms.items())
     total.backward()

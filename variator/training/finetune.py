@@ -18,7 +18,8 @@ import torch
 from variator.errors import BackboneError, InputError, VariatorError
 from variator.files import claim, directory_written_whole
 from variator.tasks.read import Split
-from variator.toolkit.checkpoint import AUTO_CLASSES, Backbone, load_backbone
+from variator.toolkit.checkpoint import AUTO_CLASSES, Backbone, load_backbone, writes
+from variator.toolkit.prompt import FILE
 from variator.training.labelled import items
 from variator.training.processes import Processes
 from variator.training.settings import check_precision
@@ -101,7 +102,8 @@ def _finetune(
     import transformers
 
     transformers.set_seed(settings.seed)  # before the head is made
-    backbone = load_backbone(model, "hidden")
+    prompt = split.task.prompt if writes(model) else None
+    backbone = replace(load_backbone(model, "seq2seq" if writes(model) else "hidden"), prompt=prompt)
     rows = _rows(backbone, split)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     scratch = output.with_name(f".{output.name}.training")
@@ -115,10 +117,10 @@ def _finetune(
             on_step(state.global_step, state.max_steps)
 
     trainer = transformers.Trainer(
-        model=_with_head(model, split, processes.device.type == "cpu"),
+        model=_with_head(backbone, split, processes.device.type == "cpu"),
         args=_arguments(scratch, len(split.examples), settings, processes),
         train_dataset=rows,
-        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        data_collator=_collator(backbone),
         callbacks=[Tell()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -132,6 +134,8 @@ def _finetune(
         with directory_written_whole(output, replace=settings.overwrite) as directory:
             trainer.model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
+            if prompt is not None:
+                (directory / FILE).write_text(prompt.to_json(), encoding="utf-8")
         shutil.rmtree(scratch, ignore_errors=True)
     processes.wait()
     return output
@@ -172,28 +176,40 @@ def _rows(backbone: Backbone, split: Split) -> Any:
     """The split in the form Trainer takes, tokenised as for plugins."""
     import datasets
 
-    names = {"label": "labels", "start": "start_positions", "end": "end_positions"}
+    names = {"label": "labels", "start": "start_positions", "end": "end_positions", "answer": "labels"}
+    gap, words = (0, []) if backbone.prompt is None else backbone.prompt.tokens(backbone.tokenizer)
     rows = []
     # A sentence-transformers checkpoint may stop short of its position table; what is written here does not.
     for item in items(split, replace(backbone, max_length=backbone.config.max_length)):
         (row,) = item.rows
         types = {"token_type_ids": list(row.types)} if backbone.token_types else {}
-        labels = {names[name]: int(value) for name, value in item.labels.items()}
+        labels: dict[str, Any] = {
+            names[name]: value if isinstance(value, list) else [gap, words[int(value)]] if words else int(value)
+            for name, value in item.labels.items()
+        }
         mask = [1] * len(row.ids)
         rows.append({"input_ids": list(row.ids), "attention_mask": mask, **types, **labels, "length": len(row.ids)})
     return datasets.Dataset.from_list(rows)
 
 
-def _with_head(model: str, split: Split, on_cpu: bool) -> Any:
+def _collator(backbone: Backbone) -> Any:
+    """What puts rows into a batch."""
+    import transformers
+
+    kind = transformers.DataCollatorWithPadding if backbone.decoder is None else transformers.DataCollatorForSeq2Seq
+    return kind(backbone.tokenizer)
+
+
+def _with_head(backbone: Backbone, split: Split, on_cpu: bool) -> Any:
     """The checkpoint with the task's head, in fp32."""
     import transformers
 
     # On a CPU torch's fused attention is slow with dropout: 2.1 to 2.7 s per step against 1.3 s (MiniLM, 32 x 184).
     attention = {"attn_implementation": "eager"} if on_cpu else {}
-    kind = getattr(transformers, AUTO_CLASSES[split.task.head])
-    labels = dict(enumerate(split.task.labels))
+    kind = getattr(transformers, AUTO_CLASSES[split.task.head if backbone.decoder is None else backbone.task])
+    labels = {} if backbone.decoder is not None else dict(enumerate(split.task.labels))
     heads = {"id2label": labels, "label2id": {name: place for place, name in labels.items()}} if labels else {}
     try:
-        return kind.from_pretrained(model, trust_remote_code=False, dtype=torch.float32, **attention, **heads)
+        return kind.from_pretrained(backbone.source, trust_remote_code=False, dtype=torch.float32, **attention, **heads)
     except Exception as error:  # transformers raises many kinds
-        raise BackboneError(f"cannot load {model!r} for {split.task.name}: {error}") from error
+        raise BackboneError(f"cannot load {backbone.source!r} for {split.task.name}: {error}") from error

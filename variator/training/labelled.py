@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from variator.errors import InputError
 from variator.tasks.catalogue import task_named
 from variator.tasks.read import Split, read_split
 from variator.tasks.score import Scores, check_head, check_labels, score
-from variator.tasks.squad import windows
+from variator.tasks.squad import LONGEST_ANSWER, question_of, windows
 from variator.toolkit.checkpoint import Backbone
 from variator.toolkit.rows import Encode, Row
 from variator.training.batch import Batch, batch_of, fitting
-from variator.training.student import tokenise
+from variator.training.objective import IGNORED
+from variator.training.student import tokenise, writing
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Item:
     """One example, tokenised: one row, or two for a pair of embeddings; and its label values, by name."""
 
     rows: tuple[Row, ...]
-    labels: dict[str, float]
+    labels: dict[str, float | list[int]]
 
     @property
     def length(self) -> int:
@@ -58,6 +60,11 @@ class Labelled:
 def items(split: Split, backbone: Backbone) -> list[Item]:
     """Every example (every window of SQuAD) of a split, tokenised."""
     examples = split.examples
+    if split.task.head == "qa" and backbone.decoder is not None:
+        rows = tokenise(backbone, [question_of(example) for example in examples])
+        texts = [example.answers[0][0].strip() for example in examples]
+        answers = [ids[:LONGEST_ANSWER] for ids in backbone.tokenizer(texts)["input_ids"]]
+        return [Item((row,), {"answer": ids}) for row, ids in zip(rows, answers, strict=True)]
     if split.task.head == "qa":
         found = []
         for window in windows(backbone.tokenizer.backend_tokenizer, examples, backbone.max_length):
@@ -75,8 +82,17 @@ def items(split: Split, backbone: Backbone) -> list[Item]:
 def together(chosen: Sequence[Item], token_types: bool) -> Batch:
     """Items as one batch: first rows first, then second rows where there are two."""
     rows = [item.rows[side] for side in range(len(chosen[0].rows)) for item in chosen]
-    labels = {name: torch.tensor([item.labels[name] for item in chosen]) for name in chosen[0].labels}
+    labels = {name: _stacked([item.labels[name] for item in chosen]) for name in chosen[0].labels}
     return batch_of(rows, token_types, labels)
+
+
+def _stacked(values: Sequence[float | list[int]]) -> Tensor:
+    """Labels as a tensor [rows]; texts' tokens as [rows, longest], filled up with `IGNORED`."""
+    texts = [value for value in values if isinstance(value, list)]
+    if not texts:
+        return torch.tensor(values)
+    longest = max(map(len, texts))
+    return torch.tensor([text + [IGNORED] * (longest - len(text)) for text in texts])
 
 
 def check_backbone(split: Split, backbone: Backbone) -> None:
@@ -96,7 +112,9 @@ class TaskJudge:
 
     def scores(self, encode: Encode) -> Scores:
         """All metrics of whatever answers the split's texts."""
-        return score(self._split, encode, self._backbone.tokenizer.backend_tokenizer, self._backbone.max_length)
+        backbone = self._backbone
+        write = writing(backbone, encode) if backbone.decoder is not None else None
+        return score(self._split, encode, backbone.tokenizer.backend_tokenizer, backbone.max_length, write)
 
     def __call__(self, encode: Encode) -> float:
         """The metric that counts."""

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from variator.errors import InputError
 from variator.toolkit.plugin import MASKED
 
+IGNORED = -100
+"""In the place of a token that no loss is taken of, as transformers has it."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -108,6 +111,11 @@ def label_loss(task: str, student: Sequence[Tensor], labels: Mapping[str, Tensor
     if logits.shape[-1] == 1:
         return F.mse_loss(logits[:, 0], labels["label"].float())
     return F.cross_entropy(logits, labels["label"])
+
+
+def text_loss(scores: Tensor, text: Tensor) -> Tensor:
+    """A written answer's own loss: scores [batch, T, vocabulary], its tokens [batch, T], `IGNORED` behind its end."""
+    return F.cross_entropy(scores.float().flatten(0, 1), text.flatten(), ignore_index=IGNORED)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from variator import machine
 from variator.errors import InputError
 from variator.files import alone
 from variator.toolkit.checkpoint import Model
+from variator.toolkit.decoder import Decoder
 
 
 class Processes:
@@ -72,6 +73,18 @@ class Processes:
             if part is not None:
                 part.to(self.device)
         return model
+
+    def place_decoder(self, decoder: Decoder, shard: bool) -> Decoder:
+        """A decoder likewise; its table of the vocabulary stays whole, the encoder has shared its own."""
+        if not shard:
+            return decoder.to(self.device)
+        for layer in decoder.layers:
+            fully_shard(layer, reshard_after_forward=True)
+        for part in (decoder.token, decoder.relation, decoder.final_norm):
+            part.to(self.device)
+        if decoder.vocabulary is not None:
+            decoder.vocabulary.data = decoder.vocabulary.data.to(self.device)
+        return decoder
 
     def bf16(self, precision: str) -> bool:
         """Whether a training precision means bf16: `auto` does where the device multiplies such matrices natively."""

@@ -14,10 +14,13 @@ from variator.toolkit.heads import OUTPUTS
 from variator.toolkit.plugin import compression
 from variator.toolkit.plugin_file import Plugin
 from variator.toolkit.plugin_format import PluginConfig
-from variator.toolkit.rows import Encode, Input, Outputs, Row, place
+from variator.toolkit.rows import LONGEST_WRITTEN, Encode, Input, Outputs, Row, Write, place
 from variator.training.batch import batch_of, fitting
 
 TOKENS_PER_RUN = 8192
+
+ROWS_WRITTEN = 32
+"""Rows that answers are written to at once."""
 
 
 def student(
@@ -57,6 +60,28 @@ def student(
     return encode
 
 
+def writing(backbone: Backbone, encode: Encode) -> Write:
+    """What writes answers with transformers' own decoder, greedily, to what `encode` makes of the inputs."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    def write(inputs: Sequence[Input]) -> list[str]:
+        rows, texts, original = tokenise(backbone, inputs), list[str](), backbone.original
+        for start in range(0, len(rows), ROWS_WRITTEN):
+            part = rows[start : start + ROWS_WRITTEN]
+            hidden = torch.from_numpy(encode(part)["last_hidden_state"])
+            found = original.generate(  # type: ignore[union-attr]
+                encoder_outputs=BaseModelOutput(hidden),
+                attention_mask=batch_of(part, False).mask,
+                max_new_tokens=LONGEST_WRITTEN,
+                num_beams=1,
+                do_sample=False,
+            )
+            texts += backbone.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return texts
+
+    return write
+
+
 def answering(backbone: Backbone, plugin: Plugin | None) -> Encode:
     """What answers inputs with a plugin file's tensors in fp32, or with ratio 1 for None."""
     tensors = {name: torch.tensor(value) for name, value in plugin.tensors.items()} if plugin else {}
@@ -73,6 +98,8 @@ def _tokenised(backbone: Backbone, value: Input) -> Row:
     if isinstance(value, Row | np.ndarray):
         raise InputError("a picture for a model that reads texts", valid="texts, or token ids")
     texts = (value,) if isinstance(value, str) else value
+    if isinstance(texts, tuple) and backbone.prompt is not None:
+        texts = (backbone.prompt.fill(texts),)
     if not isinstance(texts, tuple):
         ids = [int(str(i)) for i in texts][: backbone.max_length]
         return Row(ids, [0] * len(ids))

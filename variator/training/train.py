@@ -152,11 +152,8 @@ def _prepare(
     local = partial(local_step, model, settings.plugins)
     decoder, first = None, 0
     if backbone.decoder is not None:
-        if shard:
-            raise InputError(
-                "a decoder cannot be shared among processes", fix="train without --shard, or --task hidden"
-            )
-        decoder, first = copy.deepcopy(backbone.decoder).to(processes.device), backbone.special.start
+        decoder = processes.place_decoder(copy.deepcopy(backbone.decoder), shard)
+        first = backbone.special.start
     teacher = Teacher(model, backbone.task, settings.weights, decoder, first)
     distil = partial(distil_step, teacher, settings.plugins)
     stages = [
