@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from variator import machine
 from variator.exporters.flops import PART_KEY, counted_flops
 from variator.exporters.gate import Array, Feed
 from variator.exporters.precision import widened
@@ -66,6 +67,7 @@ def run_in_pieces(
                 state |= run({name: state[name] for name in names})
                 states[index] = {name: values for name, values in state.items() if name in later}
             del run
+            machine.release_memory()
         on_piece(done + 1, total)
     return [{name: state[name] for name in outputs} for state in states], flops
 
