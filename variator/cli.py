@@ -35,6 +35,7 @@ the ratio: 1 is the model itself, 2, 4 and 8 save more. The usual way:
   variator run    bundle --text "hello" --ratio 4        try it
   variator bench  bundle --html report.html              what it saves and costs
   variator replay bundle --trace gamma:16 --slo-ms 350   what it holds under load, at the ratio of the moment
+  variator serve  bundle --slo-ms 350                    over HTTP
 
 No plugin for your model yet? Train one first, minutes on a CPU, and export with --plugin plugins:
 
@@ -431,6 +432,37 @@ def replay(
         write_atomically(json_file, record.to_json())
     if html:
         write_atomically(html, replay_report.html(record))
+
+
+@app.command(short_help="Serve a bundle over HTTP, at the ratio of the moment.")
+def serve(
+    bundle: BundleArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 0,
+    slo_ms: Annotated[float, typer.Option(help="Objective of requests that bring none of their own, ms.")] = 100.0,
+    policy: Annotated[str, typer.Option(help="drain, slackfit, thresholds or fixed(4).")] = "drain",
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait.", min=1)] = 4096,
+    max_batch: Annotated[int, typer.Option(help="Inputs of a request.", min=1)] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a request.", min=1)] = 65_536,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.", min=1)] = 2 * 2**20,
+    drain_s: Annotated[float, typer.Option(help="Seconds to refuse with 503 before the end.", min=0)] = 0.0,
+) -> None:
+    """Serve a bundle over HTTP: /v1/embeddings, /embed, /predict, /rerank, /metrics, and a status page at /.
+
+    A token that clients have to bring is taken from the environment variable VARIATOR_TOKEN.
+    """
+    from variator.serving.http import HttpSettings
+    from variator.serving.process import TOKEN, ServerSettings
+    from variator.serving.process import serve as serving
+
+    http = HttpSettings(max_body, max_batch, max_tokens, token=os.environ.get(TOKEN, ""))
+    settings = ServerSettings(
+        str(bundle), host, port, engine, precision, threads, policy, slo_ms, max_queue, http, drain_s
+    )
+    serving(settings, lambda address: errors.print(Text(f"serving {bundle} at {address}"), soft_wrap=True))
 
 
 @app.command(short_help="Show what a bundle holds, checking every hash.")

@@ -410,6 +410,8 @@ def _write_graph(
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
     store.externalise(model, file)
+    if backbone.stream is not None:
+        backbone.stream.release()
     onnx_ir.save(model, graph)
 
 

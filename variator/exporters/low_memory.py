@@ -7,6 +7,7 @@ are traced like any others, and `fill` gives the graph the real ones.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,7 @@ def expect(backbone: Backbone, plugins: Mapping[Key, Plugin | None], cases: Sequ
                 walk.through(index, layer)
         del layer
         on_piece(index + 1, encoder.config.layers)
+    stream.release()
     for key, case, row, length, walk in walks:
         with torch.no_grad():
             results = backbone.model.head(encoder.end(walk), torch.ones(1, length))
@@ -177,6 +179,7 @@ def expect_of_decoder(backbone: Backbone, decoder: Decoder, on_piece: OnPiece, s
                 walk.through(index, layer)
         del layer
         on_piece(index + 1, decoder.config.layers)
+    stream.release()
     if decoder.vocabulary is None:
         table = _real(decoder.token, "weight", stream.encoder("embeddings.token.weight"))
     else:
@@ -204,6 +207,7 @@ def check_in_pieces(
     graph: Path, precision: str, cases: Sequence[Case], ratio: Key, counted: Sequence[Feed], on_piece: OnPiece
 ) -> tuple[float, list[dict[str, int]]]:
     """The gate's verdict on a graph that is run layer by layer: its largest error; and FLOPs of what is counted."""
+    gc.collect()
     feeds, beside = [*(case.feed for case in cases), *counted], graph.parent.parent  # what is written lies in `result`
     outputs, flops = run_in_pieces(graph, precision, feeds, len(counted), on_piece, beside)
     answers = {id(case.feed): found for case, found in zip(cases, outputs, strict=False)}

@@ -135,6 +135,11 @@ class Layered(Mapping[str, Tensor]):
         """Name, size and time of every file: what tells one checkpoint from another without reading it."""
         return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self._files.files]
 
+    def release(self) -> None:
+        """Let go of the layer that is kept."""
+        self._held = ("", {})
+        machine.release_memory()
+
     def _layer(self, name: str) -> Mapping[str, Tensor]:
         """Everything of the layer that a name belongs to; of none, everything that is asked for by itself."""
         match = re.match(r"(.*?\b(?:layers?|block)\.\d+\.)", name)
@@ -142,8 +147,7 @@ class Layered(Mapping[str, Tensor]):
             return self._files
         prefix = match[1]
         if self._held[0] != prefix:
-            self._held = ("", {})
-            machine.release_memory()  # the allocator keeps what is freed in the sizes of most layers
+            self.release()  # the allocator, too: it keeps what is freed in the sizes of most layers
             raw = {one: self._files[one] for one in self._files if one.startswith(prefix)}
             self._held = (prefix, self._family.prepare(raw, self._config))
         return self._held[1]
@@ -184,6 +188,11 @@ class Stream:
         self.state = weights.state()
         self._held: tuple[object, dict[str, Tensor]] = (None, {})
 
+    def release(self) -> None:
+        """Let go of the layer that is kept."""
+        self._held = (None, {})
+        self._weights.release()
+
     def encoder(self, name: str) -> Tensor:
         """A tensor of `encoder.Encoder`."""
         try:
@@ -212,6 +221,7 @@ class Stream:
         if self._held[0] != key:
             self._held = (None, {})
             self._held = (key, self._family.layer_weights(self._weights, index, self.sizes))
+            self._weights.release()
         return self._held[1]
 
     def decoder(self, name: str) -> Tensor:
@@ -232,6 +242,7 @@ class Stream:
             assert self._decoder is not None
             self._held = (None, {})
             self._held = (key, self._decoder.layer(index))
+            self._weights.release()
         return self._held[1]
 
 

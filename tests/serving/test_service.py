@@ -1,0 +1,140 @@
+"""A served bundle: any ratio through one queue, replaced while it serves, and what it tells of itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from variator.engines.runtime import Runtime
+from variator.errors import BundleError, EngineError, InputError
+from variator.serving.service import Asked, OpenSettings, Service, asked_from
+
+SETTINGS = OpenSettings("onnxruntime", "fp32")
+
+
+@pytest.fixture
+def copy(calibrated: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(calibrated, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def service(calibrated: Path) -> Iterator[Service]:
+    with Service(calibrated, SETTINGS) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("ratio", [1, "2", 4])
+def test_a_fixed_ratio_goes_through_the_queue_and_answers_like_the_runtime(service: Service, ratio: int | str) -> None:
+    texts = ["w5 w9", "w1 w2 w3 w4"]
+    result = service.submit(texts, Asked(ratio)).result(10)
+    with Runtime.open(service.path, "onnxruntime", "fp32") as runtime:
+        expected = runtime.infer(texts, ratio=int(ratio)).outputs["embedding"]
+    assert str(result.ratio) == str(ratio)
+    np.testing.assert_allclose(result.outputs["embedding"], expected, atol=1e-5)
+    assert service.submit(texts, Asked()).result(10).ratio == 1, "nothing waits: there is no need to compress"
+    assert service.submit(texts, Asked(min_ratio="2")).result(10).ratio == 2
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Asked(3),
+        Asked("none such"),
+        Asked("a/b"),
+        Asked(4, min_ratio=2),
+        Asked(4, min_quality=0.9),
+        Asked(slo_ms=-1),
+        Asked(min_ratio=4, max_ratio=2),
+    ],
+)
+def test_what_cannot_be_asked_is_told(service: Service, asked: Asked) -> None:
+    with pytest.raises(InputError):
+        service.submit(["w5"], asked)
+
+
+def test_fields_of_a_protocol_become_what_is_asked() -> None:
+    assert asked_from({"ratio": "4", "slo_ms": "20.5"}) == Asked("4", 20.5)
+    assert asked_from({"min_ratio": 2}, Asked(slo_ms=7.0)) == Asked(slo_ms=7.0, min_ratio=2)
+    for fields in ({"slo_ms": "soon"}, {"min_quality": [1]}):
+        with pytest.raises(InputError, match="a number"):
+            asked_from(fields)
+
+
+def test_a_bundle_is_replaced_under_load_without_losing_a_request(copy: Path, shared_bundle: object) -> None:
+    answers: list[np.ndarray] = []
+    errors: list[Exception] = []
+    with Service(copy, SETTINGS) as service:
+        going = threading.Event()
+        going.set()
+
+        def ask() -> None:
+            while going.is_set():
+                try:
+                    answers.append(service.submit(["w5 w9 w30"], Asked(slo_ms=20_000)).result(30).outputs["embedding"])
+                except Exception as error:  # noqa: BLE001 - whatever it is, it must not happen
+                    errors.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):
+            before, old = len(answers), service.runtime
+            service.reload()
+            assert service.runtime is not old
+            deadline = time.monotonic() + 20
+            while len(answers) < before + 20 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        going.clear()
+        for thread in threads:
+            thread.join()
+        assert not errors and len(answers) > 60 and service.reloads == 3
+        np.testing.assert_allclose(np.concatenate(answers), np.repeat(answers[0], len(answers), axis=0), atol=1e-6)
+        with pytest.raises(EngineError, match="closed"):
+            old.infer(["w5"], ratio=1)
+
+
+def test_a_damaged_bundle_does_not_replace_a_good_one(copy: Path) -> None:
+    with Service(copy, SETTINGS) as service:
+        manifest = json.loads((copy / "manifest.json").read_text())
+        (copy / "ratio-4.onnx").write_bytes(b"x" * manifest["files"]["ratio-4.onnx"]["bytes"])
+        with pytest.raises(BundleError, match="sha256"):
+            service.reload()
+        shutil.rmtree(copy)
+        with pytest.raises(BundleError, match="not a bundle"):
+            service.reload()
+        assert service.submit(["w5"], Asked(2)).result(10).ratio == 2 and service.reloads == 0
+
+
+def test_what_cannot_be_served_is_told(copy: Path) -> None:
+    next(copy.glob("engines/*/latency.json")).unlink()
+    with pytest.raises(EngineError, match="calibrate"):
+        Service(copy, SETTINGS)
+    with pytest.raises(InputError, match="policy"):
+        Service(copy, OpenSettings("onnxruntime", "fp32", policy="hope"))
+
+
+def test_the_history_sums_what_happened(calibrated: Path) -> None:
+    with Service(calibrated, SETTINGS) as service:
+        assert service.status()["moments"] == [], "warming up is nobody's request"
+        for _ in range(5):
+            service.submit(["w5", "w9"], Asked(4)).result(10)
+        with pytest.raises(InputError):
+            service.submit([""], Asked())
+        deadline = time.monotonic() + 5
+        while sum(one["requests"] for one in service.status()["moments"]) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        status = service.status()
+        assert (status["ratio"], status["waiting"], status["draining"]) == ("4", 0, False)
+        moments = status["moments"]
+        assert sum(one["requests"] for one in moments) == 5 and sum(one["rows"] for one in moments) == 10
+        assert sum(one["ratios"].get("4", 0) for one in moments) == 5
+        assert 0 < max(one["latency_ms"] for one in moments) < 5000 and moments[-1]["ago_s"] >= 0
+        info = service.info()
+        assert info["precision"] == "fp32" and info["ratios"] == ["1", "2", "4"] and info["task"] == "embed"

@@ -1,0 +1,1 @@
+"""Bundles behind a network: HTTP, Triton's Python backend, Ray."""

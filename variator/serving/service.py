@@ -1,0 +1,294 @@
+"""A bundle that is served and can be replaced while it is: what every network front stands on.
+
+Requests go through the runtime's queue (`engines.serving`), with a fixed ratio as well: its batches are shared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from variator.engines.policies import policy_named
+from variator.engines.runtime import AUTO, Result, Runtime
+from variator.engines.scheduler import Batch
+from variator.engines.serving import Observer, Server, ServeSettings, wall_clock
+from variator.errors import EngineError, InputError
+from variator.toolkit.plugin_format import Key, parse_key
+from variator.toolkit.rows import Input
+
+if TYPE_CHECKING:
+    from variator.toolkit.bundle import Manifest
+
+HISTORY_S, MOMENTS_S = 120, 1.0
+"""How far back the history goes, and over what each of its moments is summed."""
+
+
+@dataclass(frozen=True)
+class OpenSettings:
+    """How a bundle is opened, again for every one that replaces it.
+
+    Args:
+        engine, precision, threads: As for `Runtime.open`.
+        policy: By name, as for `replay`.
+        serve: Of the queue.
+        verify: Whether all hashes are compared first.
+    """
+
+    engine: str = AUTO
+    precision: str | None = None
+    threads: int = 0
+    policy: str = "drain"
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request wants beside its answer, as text fields of a protocol give it.
+
+    Args:
+        ratio: A ratio or a setting's name; `auto` follows the load.
+        slo_ms, min_ratio, max_ratio, min_quality, truncate: As for `Server.submit`.
+    """
+
+    ratio: str | int = AUTO
+    slo_ms: float | None = None
+    min_ratio: str | int | None = None
+    max_ratio: str | int | None = None
+    min_quality: float | None = None
+    truncate: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Server.submit`.
+
+        Raises:
+            InputError: For a ratio that is none, or bounds beside a fixed one.
+        """
+        bounds: dict[str, Any] = {"slo_ms": self.slo_ms, "truncate": self.truncate, "min_quality": self.min_quality}
+        given = {"min_ratio": self.min_ratio, "max_ratio": self.max_ratio}
+        keys: dict[str, Key | None] = {name: None if one is None else parse_key(one) for name, one in given.items()}
+        if self.ratio != AUTO:
+            fixed = parse_key(self.ratio)
+            named = [name for name, one in {**keys, "min_quality": self.min_quality}.items() if one is not None]
+            if named:
+                raise InputError(f"{named[0]} with ratio {self.ratio!r}", valid=f"{named[0]} with ratio {AUTO!r}")
+            keys = {"min_ratio": fixed, "max_ratio": fixed}
+        return bounds | keys
+
+
+@dataclass
+class _Moment:
+    """What happened in one stretch of the history."""
+
+    at_s: float
+    requests: int = 0
+    refused: int = 0
+    failed: int = 0
+    rows: int = 0
+    latency_ms: float = 0.0
+    ratios: dict[str, int] | None = None
+
+
+class History:
+    """The last two minutes, for a status page: an observer that sums by the second."""
+
+    def __init__(self) -> None:
+        self._moments: deque[_Moment] = deque(maxlen=int(HISTORY_S / MOMENTS_S))
+        self._lock = threading.Lock()
+        self.waiting = 0
+        self.ratio: Key | None = None
+
+    def _now(self) -> _Moment:
+        at = int(wall_clock() / 1e3 / MOMENTS_S) * MOMENTS_S
+        if not self._moments or self._moments[-1].at_s != at:
+            self._moments.append(_Moment(at, ratios={}))
+        return self._moments[-1]
+
+    def batch(self, batch: Batch, queue_ms: Sequence[float], compute_ms: float, tokens: int, padded: int) -> None:
+        """See `Observer.batch`."""
+        with self._lock:
+            moment = self._now()
+            moment.rows += batch.rows
+            self.ratio = batch.ratio
+            counts = moment.ratios if moment.ratios is not None else {}
+            counts[str(batch.ratio)] = counts.get(str(batch.ratio), 0) + len(queue_ms)
+
+    def outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
+        """See `Observer.outcome`."""
+        with self._lock:
+            moment = self._now()
+            moment.requests += 1
+            moment.refused += outcome in ("refused", "dropped")
+            moment.failed += outcome == "failed"
+            if outcome in ("served", "late"):
+                moment.latency_ms = max(moment.latency_ms, latency_ms)
+
+    def queue(self, requests: int) -> None:
+        """See `Observer.queue`."""
+        self.waiting = requests
+
+    def moments(self) -> list[dict[str, Any]]:
+        """What happened, oldest first; `ago_s` tells when."""
+        now = wall_clock() / 1e3
+        with self._lock:
+            return [asdict(one) | {"ago_s": round(now - one.at_s, 1)} for one in self._moments]
+
+
+class _Generation:
+    """One opened bundle with its queue, and how many requests are in it."""
+
+    def __init__(self, bundle: Path, settings: OpenSettings, observers: Sequence[Observer]) -> None:
+        self.runtime = Runtime.open(bundle, settings.engine, settings.precision, settings.threads)
+        try:
+            if settings.verify:
+                self.runtime.bundle.verify()
+            if self.runtime.bundle.manifest.decoder is not None:
+                raise InputError(f"{bundle} writes texts, which is not served", valid="a bundle of an encoder")
+            policy = policy_named(settings.policy, self.runtime.bundle.ratios)
+            self.server: Server = self.runtime.serve(replace(settings.serve, policy=policy))
+            for ratio in self.server.ratios:  # the first real request pays for nothing
+                self.server.submit([[0]], min_ratio=ratio, max_ratio=ratio, slo_ms=WARM_UP_MS).result()
+            for observer in observers:
+                self.server.observe(observer)
+        except BaseException:
+            self.runtime.close()
+            raise
+
+
+WARM_UP_MS = 60_000.0
+
+
+class Service:
+    """A served bundle; use it as a context manager.
+
+    Args:
+        bundle: Its directory. `reload` opens what lies there then.
+        observers: Told what happens, whichever bundle it happens to.
+
+    Raises:
+        BundleError, EngineError, InputError: If it cannot be served.
+    """
+
+    def __init__(
+        self, bundle: Path | str, settings: OpenSettings | None = None, observers: Sequence[Observer] = ()
+    ) -> None:
+        self.path, self.settings = Path(bundle), settings or OpenSettings()
+        self.history = History()
+        self._observers = [self.history, *observers]
+        self._reloading = threading.Lock()
+        self._current = self._open()
+        self.draining = False
+        self.reloads = 0
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _open(self) -> _Generation:
+        return _Generation(self.path, self.settings, self._observers)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle that is served now."""
+        return self._current.runtime.bundle.manifest
+
+    @property
+    def runtime(self) -> Runtime:
+        """That serves now."""
+        return self._current.runtime
+
+    @property
+    def server(self) -> Server:
+        """The queue of today's bundle."""
+        return self._current.server
+
+    def observe(self, observer: Observer) -> None:
+        """Tell one more what happens, whichever bundle it happens to."""
+        self._observers = [*self._observers, observer]
+        self._current.server.observe(observer)
+
+    def submit(self, inputs: Sequence[Input], asked: Asked) -> Future[Result]:
+        """Queue a request. Errors as `Server.submit`."""
+        options = asked.options()
+        while True:
+            current = self._current
+            try:
+                return current.server.submit(inputs, **options)
+            except EngineError:
+                if current is self._current:  # else it was replaced in between
+                    raise
+
+    def reload(self) -> None:
+        """Serve what lies at the bundle's path now, without losing a request: the old one ends with what it has.
+
+        Raises:
+            BundleError, EngineError, InputError: If it cannot be served; the old one goes on.
+        """
+        with self._reloading:
+            new = self._open()
+            old, self._current = self._current, new
+            self.reloads += 1
+            old.runtime.close()
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        self.draining = True
+        self._current.runtime.close()
+
+    def info(self) -> dict[str, Any]:
+        """What is served, as `/info` tells it."""
+        manifest, runtime = self.manifest, self.runtime
+        return {
+            "model_id": manifest.model,
+            "task": manifest.task,
+            "max_input_length": manifest.max_length,
+            "engine": runtime.engine,
+            "precision": runtime.load(1).precision,
+            "ratios": [str(ratio) for ratio in self.server.ratios],
+            "quality": {str(ratio): value for ratio, value in self.server.quality.items()},
+            "labels": list(manifest.labels),
+            "real": manifest.real,
+            "backbone": manifest.backbone,
+            "slo_ms": self.settings.serve.slo_ms,
+            "max_queue": self.settings.serve.max_queue,
+            "versions": manifest.versions,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """What goes on, for a status page."""
+        last = self.history.ratio
+        return {
+            "model": self.manifest.model,
+            "engine": self.runtime.picked,
+            "waiting": self.history.waiting,
+            "ratio": None if last is None else str(last),
+            "ratios": [str(ratio) for ratio in self.server.ratios],
+            "slo_ms": self.settings.serve.slo_ms,
+            "draining": self.draining,
+            "reloads": self.reloads,
+            "moments": self.history.moments(),
+        }
+
+
+def asked_from(fields: Mapping[str, Any], defaults: Asked | None = None) -> Asked:
+    """What text fields (headers, parameters) ask for; fields that are missing are left as they are.
+
+    Raises:
+        InputError: For a value of the wrong kind.
+    """
+    found: dict[str, Any] = {}
+    for name in ("slo_ms", "min_quality"):
+        if fields.get(name) is not None:
+            try:
+                found[name] = float(fields[name])
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{name} is {fields[name]!r}", valid="a number") from error
+    found |= {name: fields[name] for name in ("ratio", "min_ratio", "max_ratio") if fields.get(name) is not None}
+    return replace(defaults or Asked(), **found)
