@@ -492,7 +492,8 @@ def train(
         float | None, typer.Option(help="Share of the FLOPs to save, 0.5: a ratio and rank for each layer is chosen.")
     ] = None,
     corpus: Annotated[
-        list[Path] | None, typer.Option(help="Plain text, .txt or .jsonl, also .gz; repeat for several files.")
+        list[Path] | None,
+        typer.Option(help="Texts, .txt or .jsonl, also .gz; pictures as .npy. Repeat for several."),
     ] = None,
     task: DatasetOption = None,
     data: DataOption = None,

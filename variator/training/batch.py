@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from variator.toolkit.checkpoint import Backbone
+from variator.toolkit.encoder import Encoder
+from variator.toolkit.plugin import Compression
 from variator.toolkit.rows import Row
 
 
@@ -21,12 +23,14 @@ class Batch:
         ids, mask: int64 [rows, S].
         types: int64 [rows, S] token types, None where all are 0.
         labels: What a task loss needs, by name; empty for plain text.
+        pixels: Of pictures, [rows, channels, size, size]; `ids` and `mask` then stand for their patches.
     """
 
     ids: Tensor
     mask: Tensor
     types: Tensor | None = None
     labels: Mapping[str, Tensor] = field(default_factory=dict)
+    pixels: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -37,7 +41,17 @@ class Batch:
         """The same on a device."""
         types = None if self.types is None else self.types.to(device)
         labels = {name: value.to(device) for name, value in self.labels.items()}
-        return Batch(self.ids.to(device), self.mask.to(device), types, labels)
+        pixels = None if self.pixels is None else self.pixels.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), types, labels, pixels)
+
+    def through(
+        self, encoder: Encoder, plugin: Compression | None = None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Last hidden states [rows, S, d]; the rest as `Encoder.forward`."""
+        if self.pixels is not None:
+            return encoder.look(self.pixels, plugin, states)
+        hidden: Tensor = encoder(self.ids, self.mask, self.types, plugin, states)
+        return hidden
 
 
 class Data(Protocol):

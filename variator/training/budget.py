@@ -237,12 +237,12 @@ def sensitivity(
     with torch.no_grad():
         for batch in batches:
             mask = batch.mask.float()
-            target = encoder(batch.ids, batch.mask, batch.types)
+            target = batch.through(encoder)
             for position, (config, tensors) in enumerate(fits.items()):
                 for layer in range(backbone.config.layers):
                     sites = partial(_alone, tensors, layer)
                     plugin = Compression(sites, config.multiple, config.activation)
-                    made = encoder(batch.ids, batch.mask, batch.types, plugin)
+                    made = batch.through(encoder, plugin)
                     found[layer][position] += float(normalised_error(made, target, mask)) / len(batches)
     return found
 

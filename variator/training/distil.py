@@ -85,7 +85,7 @@ def distil_step(
     model, mask = teacher.model, batch.mask.float()
     with torch.no_grad():
         targets: list[Tensor] = []
-        hidden = model.encoder(batch.ids, batch.mask, batch.types, states=targets)
+        hidden = batch.through(model.encoder, states=targets)
         wanted = model.head(hidden, mask)
         written = teacher.decoded(batch, hidden)
     return {
@@ -105,7 +105,7 @@ def _student(
 ) -> Losses:
     model, weights, mask = teacher.model, teacher.weights, batch.mask.float()
     states: list[Tensor] = []
-    hidden = model.encoder(batch.ids, batch.mask, batch.types, compression(config, tensors), states)
+    hidden = batch.through(model.encoder, compression(config, tensors), states)
     outputs = model.head(hidden, mask)
     layers = torch.stack([normalised_error(ours, theirs, mask) for ours, theirs in zip(states, targets, strict=True)])
     terms = output_terms(teacher.task, outputs, wanted, mask)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from variator.toolkit.checkpoint import Model
+from variator.toolkit.encoder import Encoder
 from variator.toolkit.plugin import compressed_ffn, compressed_memory
 from variator.toolkit.plugin_format import Key, PluginConfig, layer_operands
 from variator.toolkit.positions import Context
@@ -43,12 +44,8 @@ def local_step(
     multiple = math.lcm(*(config.multiple for config in configs))
     # The first token alone in its group for the largest multiple is so for all that divide it.
     lead = multiple - 1 if configs[0].first_alone else 0
-    extra = -(lead + batch.ids.shape[1]) % multiple
-    ids, mask = F.pad(batch.ids, (0, extra)), F.pad(batch.mask, (0, extra))
-    types = None if batch.types is None else F.pad(batch.types, (0, extra))
-    with torch.no_grad(), whole(encoder.embeddings):
-        teacher = encoder.embeddings(ids, types)
-    teacher, float_mask = F.pad(teacher, (0, 0, lead, 0)), F.pad(mask.to(teacher.dtype), (lead, 0))
+    teacher, float_mask = _embedded(encoder, batch, lead, -(lead + batch.ids.shape[1]) % multiple)
+    rows = len(teacher)
     contexts: dict[int, list[Context]] = {}  # by how many streams lie in one batch
     students = {config.key: teacher for config in configs}
     errors: dict[Key, list[Tensor]] = {config.key: [] for config in configs}
@@ -63,7 +60,7 @@ def local_step(
                 if count not in contexts:
                     contexts[count] = encoder.contexts(float_mask.repeat(count, 1))
                 past, read = layer.attend(together, contexts[count][index])
-                halves = list(zip(torch.split(past, len(ids)), torch.split(read, len(ids)), strict=True))
+                halves = list(zip(torch.split(past, rows), torch.split(read, rows), strict=True))
                 attended, teacher_read = halves[0]
                 halfway = dict(zip(plain, halves[1:], strict=True))
                 teacher = layer.finish(attended, layer.ffn(teacher_read))
@@ -86,6 +83,17 @@ def local_step(
                         errors[key].append(normalised_error(made, teacher, float_mask))
                 students[key] = made.detach()
     return {key: _losses(errors[key], memories[key]) for key in errors}
+
+
+def _embedded(encoder: Encoder, batch: Batch, lead: int, extra: int) -> tuple[Tensor, Tensor]:
+    """What the first layer reads, with so many places more in front and behind; and its mask."""
+    with torch.no_grad(), whole(encoder.embeddings):
+        if batch.pixels is not None:
+            x = F.pad(encoder.embeddings(batch.pixels), (0, 0, lead, extra))
+        else:
+            types = None if batch.types is None else F.pad(batch.types, (0, extra))
+            x = F.pad(encoder.embeddings(F.pad(batch.ids, (0, extra)), types), (0, 0, lead, 0))
+    return x, F.pad(batch.mask.to(x.dtype), (lead, extra))
 
 
 def _fit(error: Tensor) -> Tensor:

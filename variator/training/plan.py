@@ -15,6 +15,7 @@ from variator.toolkit.plugin_format import Key, PluginConfig, check_ratio, file_
 from variator.training.batch import Data
 from variator.training.corpus import read_corpus
 from variator.training.labelled import adaptation, development
+from variator.training.pictures import read_pictures
 from variator.training.run import Judge
 
 PRESETS = {
@@ -122,7 +123,7 @@ class Material:
     """What is trained on, and what judges it; None and empty where nothing was given.
 
     Args:
-        corpus: Files of plain text.
+        corpus: Files of plain text, or of pictures for a model that reads those.
         task: Name of a task, instead: its training split is trained on, its development split judges.
         data: Directory of the task's files; None loads them from the hub.
         dev: STS-B in a file: judges training on plain text.
@@ -146,5 +147,9 @@ class Material:
 
     def read(self, backbone: Backbone, seed: int) -> tuple[Data, Judge | None]:
         """What is trained on, and the judge if there is one."""
+        if backbone.config.picture is not None:
+            if self.task or self.dev:
+                raise InputError(f"{backbone.id} reads pictures", valid="--corpus FILE.npy", fix="leave tasks out")
+            return read_pictures(self.corpus, backbone), None
         data: Data = adaptation(backbone, self.task, self.data) if self.task else read_corpus(self.corpus, seed)
         return data, development(backbone, self.task, self.data if self.task else self.dev)

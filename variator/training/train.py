@@ -137,8 +137,6 @@ def _prepare(
     start: Sequence[Plugin],
 ) -> Run:
     check_start(backbone, settings, start)
-    if backbone.config.picture is not None:
-        raise InputError("plugins of models that read pictures cannot be trained here yet", valid="models of texts")
     for config in settings.plugins:
         backbone.config.check(config)
     processes = Processes()
