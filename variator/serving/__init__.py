@@ -1,0 +1,1 @@
+"""Our runtime inside other people's servers."""
