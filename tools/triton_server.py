@@ -1,12 +1,13 @@
 """A real tritonserver on this machine, for tests and measurements: from its wheel, on the loopback, with free ports.
 
-The wheel brings the server and its Python backend, for CPUs, and no other backend. Its stubs are compiled for numpy 1, and
-they look for packages in the virtual environment that PATH names, whatever PYTHONPATH says: so a small one is made whose
-only content is the list of places to look in.
+The wheel brings the server and its Python backend, for CPUs, and no other backend. Its stubs are compiled for numpy 1,
+and they look for packages in the virtual environment that PATH names, whatever PYTHONPATH says: so a small one is made
+whose only content is the list of places to look in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -62,7 +63,7 @@ def _fetch(what: str, target: Path) -> None:
 
 
 def _environment(place: Path, server: Path, numpy: bool) -> dict[str, str]:
-    """What the server is started with; the stub's packages are numpy 1, this checkout, and those of this interpreter."""
+    """What the server is started with; its stubs find numpy 1, this checkout, and this interpreter's packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     packages = place / "lib" / f"python{PYTHON}" / "site-packages"
     where = [server / "numpy"] if numpy else []
@@ -187,13 +188,8 @@ class TritonServer:
     def close(self) -> None:
         """End it and whatever it has started."""
         self.process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
