@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -407,6 +408,19 @@ def test_a_stub_that_dies_is_reported_and_comes_back_when_loaded_again(server: T
     answer = client.infer(RUNTIME, texts("grpc", "a b c"), parameters={"ratio": "4"}, client_timeout=10)
     expected = runtime.infer(["a b c"], ratio=4).outputs["embedding"]
     np.testing.assert_allclose(answer.as_numpy("embedding"), expected, atol=1e-5)
+
+
+def test_the_commands_of_the_docs_work(server: TritonServer, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "triton.md").read_text(encoding="utf-8")
+    posts = re.findall(r"curl -X POST localhost:8000(\S+)", text)
+    assert len(posts) == 3
+    for path in posts:
+        with urllib.request.urlopen(urllib.request.Request(f"http://{server.http}{path}", b"{}"), timeout=60) as answer:
+            assert answer.status == 200
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) == 1 and "localhost:8000" in code[0]
+    exec(compile(code[0].replace("localhost:8000", server.http), "docs", "exec"), {})  # noqa: S102 - our own page
+    assert capsys.readouterr().out.count("b'") == 2
 
 
 @pytest.mark.slow
