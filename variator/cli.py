@@ -465,6 +465,45 @@ def serve(
     serving(settings, lambda address: errors.print(Text(f"serving {bundle} at {address}"), soft_wrap=True))
 
 
+@app.command(short_help="A model repository of Triton Inference Server.")
+def triton(
+    bundle: BundleArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The repository; a new version goes into one there.")],
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = None,
+    ratio: Annotated[str, typer.Option(help="Of requests that name none: auto, a ratio or a setting's name.")] = "auto",
+    slo_ms: Annotated[
+        float, typer.Option(help="Time for an answer at ratio auto, for requests that bring none.")
+    ] = 100.0,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; one more is refused.", min=1)] = 1000,
+    max_rows: Annotated[int, typer.Option(help="Most rows of a request.", min=1)] = 64,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write Triton models of the engines that are built, and one that embeds the runtime with its queue and policy."""
+    from variator.exporters.triton import triton as verb
+    from variator.exporters.triton_config import TritonSettings
+
+    settings = TritonSettings(keys([ratio])[0], slo_ms, max_queue=max_queue, max_rows=max_rows, threads=threads)
+    with stages() as on_stage:
+        on_stage("writing the repository")
+        written = verb(bundle, output, engine, precision, settings)
+    if as_json:
+        _print_json(asdict(written) | {"path": str(written.path)})
+        return
+    table = Table(
+        "model", "platform", "engine", "precision", "ratio", title=f"{written.path}, version {written.version}"
+    )
+    for name, about in written.models.items():
+        table.add_row(name, *(about.get(part, "") for part in ("platform", "engine", "precision", "ratio")))
+    console = Console()
+    console.print(table)
+    for name, why in written.left_out.items():
+        console.print(Text(f"not written: {name}: {why}"))
+    if written.kept:
+        console.print(Text(f"left as they were: {', '.join(written.kept)}"))
+
+
 @app.command(short_help="Show what a bundle holds, checking every hash.")
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show what a bundle holds and which engines are built, after checking every hash."""

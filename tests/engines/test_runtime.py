@@ -15,7 +15,8 @@ import torch
 
 from tests.conftest import write_checkpoint
 from variator.engines.build import build
-from variator.engines.runtime import BUCKETS, Runtime
+from variator.engines.reader import BUCKETS
+from variator.engines.runtime import Runtime
 from variator.errors import BundleError, EngineError, InputError
 from variator.exporters.export import ExportSettings, export
 from variator.toolkit.bundle import Bundle

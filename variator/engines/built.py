@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def made_from(bundle: Bundle, backend: Backend, precision: str) -> dict[str, str
         "version": importlib.metadata.version(backend.distribution),
         "precision": precision,
         "options": json.dumps(backend.options(precision), sort_keys=True),
-        "graphs": _graphs(bundle),
+        "graphs": graphs_hash(bundle),
     }
 
 
@@ -107,8 +107,8 @@ def key_of(parts: Mapping[str, str], target: Mapping[str, str], choices: Mapping
     return sha256_of_json({"parts": parts, "target": target, "choices": choices})[:16]
 
 
-def _graphs(bundle: Bundle) -> str:
-    """Hash of the bundle's graphs, weights and gate (whose texts calibrate int8)."""
+def graphs_hash(bundle: Bundle) -> str:
+    """`EngineRecord.parts["graphs"]`: hash of the bundle's graphs, weights and gate (whose texts calibrate int8)."""
     kinds = (".onnx", ".data", GATE_FILE, DECODER_GATE_FILE)
     return sha256_of_json({name: f.sha256 for name, f in bundle.manifest.files.items() if name.endswith(kinds)})
 
@@ -188,10 +188,7 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
     check_name(engine)
     candidates, stale = [], []
     for directory, name, found in engine_directories(bundle):
-        wanted = engine in ("auto", name) and (
-            precision == found or (precision is None and (found not in LOSSY or engine == name))
-        )
-        if not wanted:
+        if not asked_for(name, found, engine, precision):
             continue
         try:
             record = read_record(directory)
@@ -214,13 +211,29 @@ def find_built(bundle: Bundle, engine: str = "auto", precision: str | None = Non
             valid="an engine built on this machine, by this library version, from this export",
             fix=f"variator build {bundle.path} {asked}",
         )
-    # int8 and fp8 cost quality: last, even where its backend was asked for by name.
-    lossless = [candidate for candidate in candidates if candidate.record.precision not in LOSSY] or candidates
-    best = min(lossless, key=_probe)
+    lossless = _lossless(candidates)
+    best = fastest(candidates)
     others = ", ".join(f"{c.record.backend} {c.record.precision} {_probe(c):.1f} ms" for c in lossless if c is not best)
     why = f"fastest when built ({_probe(best):.1f} ms; {others})" if others else "the only one that fits"
     ignored = f"; not usable: {'; '.join(stale)}" if stale else ""
     return best, f"{best.record.backend} {best.record.precision}: {why}{ignored}"
+
+
+def asked_for(name: str, found: str, engine: str, precision: str | None) -> bool:
+    """Whether an engine of backend `name` in precision `found` is meant; int8 and fp8 only where they are named."""
+    return engine in ("auto", name) and (
+        precision == found or (precision is None and (found not in LOSSY or engine == name))
+    )
+
+
+def fastest(candidates: Sequence[BuiltEngine]) -> BuiltEngine:
+    """The fastest by the probe."""
+    return min(_lossless(candidates), key=_probe)
+
+
+def _lossless(candidates: Sequence[BuiltEngine]) -> Sequence[BuiltEngine]:
+    """int8 and fp8 cost quality: last, even where its backend was asked for by name."""
+    return [candidate for candidate in candidates if candidate.record.precision not in LOSSY] or candidates
 
 
 def _probe(built: BuiltEngine) -> float:
