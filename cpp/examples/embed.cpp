@@ -3,8 +3,9 @@
 /// Your tokenizer turns texts into ids, special tokens included; these two rows stand for two short texts.
 
 #include <cstddef>
-#include <cstdio>
 #include <exception>
+#include <iomanip>
+#include <iostream>
 #include <string>
 #include <vector>
 
@@ -12,17 +13,17 @@
 
 namespace {
 
-const std::vector<variator::Row> kRows = {{{101, 102, 103, 104}}, {{101, 105, 106, 107, 108, 102}}};
-
 void embed(const std::string& bundle, const variator::Key& ratio) {
   variator::Runtime runtime(bundle);
-  const variator::Result result = runtime.infer(kRows, ratio);
-  std::printf("%s\nratio %s, %s %s, %.2f ms\n", runtime.picked().c_str(), result.ratio.text().c_str(),
-              result.engine.c_str(), result.precision.c_str(), result.compute_ms);
+  const std::vector<variator::Row> rows = {{{101, 102, 103, 104}}, {{101, 105, 106, 107, 108, 102}}};
+  const variator::Result result = runtime.infer(rows, ratio);
+  std::cout << runtime.picked() << "\nratio " << result.ratio.text() << ", " << result.engine << " " << result.precision
+            << ", " << result.compute_ms << " ms\n"
+            << std::fixed << std::setprecision(4);
   for (const auto& [name, tensor] : result.outputs) {
     for (std::size_t row = 0; row < result.lengths.size(); ++row) {
       const float* values = tensor.row(row);
-      std::printf("%s %zu: %.4f %.4f …\n", name.c_str(), row, values[0], values[1]);
+      std::cout << name << " " << row << ": " << values[0] << " " << values[1] << " …\n";
     }
   }
 }
@@ -37,7 +38,7 @@ int main(int count, char** arguments) {
     embed(arguments[1], count > 2 ? variator::Key(arguments[2]) : variator::Key(4));
     return 0;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
+    std::cerr << error.what() << "\n";
     return 1;
   }
 }

@@ -66,6 +66,11 @@ struct AutoQueue::Waiter : Request {
   }
 };
 
+/// The call that a request belongs to: the queue holds no others.
+AutoQueue::Waiter& AutoQueue::waiter_of(Request& request) {
+  return static_cast<Waiter&>(request);  // NOLINT(cppcoreguidelines-pro-type-static-cast-downcast)
+}
+
 AutoQueue::AutoQueue(Scheduler scheduler, Compute compute)
     : scheduler_(std::move(scheduler)), compute_(std::move(compute)) {}
 
@@ -106,7 +111,7 @@ void AutoQueue::lead(std::unique_lock<std::mutex>& lock) {
   std::vector<Request*> hopeless;
   std::optional<Batch> batch = scheduler_.next_batch(clock_ms(), hopeless);
   for (Request* request : hopeless) {
-    static_cast<Waiter*>(request)->settle(too_late(*request, clock_ms()));
+    waiter_of(*request).settle(too_late(*request, clock_ms()));
   }
   if (batch) {
     busy_ = true;
@@ -124,7 +129,7 @@ void AutoQueue::serve(Batch& batch, std::unique_lock<std::mutex>& lock) {
   try {
     std::vector<Row> rows;
     for (Request* request : batch.requests) {
-      const std::vector<Row>& own = static_cast<Waiter*>(request)->rows_given;
+      const std::vector<Row>& own = waiter_of(*request).rows_given;
       rows.insert(rows.end(), own.begin(), own.end());
     }
     computed = compute_(ratio, rows);
@@ -136,7 +141,7 @@ void AutoQueue::serve(Batch& batch, std::unique_lock<std::mutex>& lock) {
   scheduler_.done(now, failed ? nullptr : &batch, computed.compute_ms);
   std::size_t first = 0;
   for (Request* request : batch.requests) {
-    auto& waiter = *static_cast<Waiter*>(request);
+    Waiter& waiter = waiter_of(*request);
     std::exception_ptr own = failed;
     try {
       if (!own) {
@@ -157,7 +162,7 @@ void AutoQueue::serve(Batch& batch, std::unique_lock<std::mutex>& lock) {
 void AutoQueue::hand_on() {
   Request* next = busy_ ? nullptr : scheduler_.first();
   if (next != nullptr) {
-    static_cast<Waiter*>(next)->wake.notify_one();
+    waiter_of(*next).wake.notify_one();
   }
 }
 

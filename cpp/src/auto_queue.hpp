@@ -34,6 +34,7 @@ class AutoQueue {
  private:
   struct Waiter;
 
+  static Waiter& waiter_of(Request& request);
   void lead(std::unique_lock<std::mutex>& lock);
   void serve(Batch& batch, std::unique_lock<std::mutex>& lock);
   void hand_on();

@@ -177,7 +177,8 @@ Found look(const Bundle& bundle, const std::string& engine, const std::string& p
       reason = damage.problem();
     }
     if (!reason.empty()) {
-      found.stale += (found.stale.empty() ? "" : "; ") + name.backend + " " + name.precision + ": " + reason;
+      found.stale.append(found.stale.empty() ? "" : "; ").append(name.backend).append(" ").append(name.precision);
+      found.stale.append(": ").append(reason);
     }
   }
   return found;
@@ -263,7 +264,9 @@ LatencyTable load_table(const BuiltEngine& built, int threads) {
   for (const auto& [name, value] : here) {
     const auto measured = table.machine().find(name);
     if (measured == table.machine().end() || measured->second != value) {
-      throw EngineError(path.string() + " was measured with another " + name + ", here it is " + value, "", command);
+      std::string another = " was measured with another ";
+      another.append(name).append(", here it is ").append(value);
+      throw EngineError(path.string() + another, "", command);
     }
   }
   return table;

@@ -19,13 +19,17 @@ namespace {
 
 using variator::InputError;
 
-thread_local std::string last_error;
+/// What went wrong last on this thread.
+std::string& last_error() noexcept {
+  thread_local std::string words;
+  return words;
+}
 
 variator_status told(const std::exception& error, variator_status status) noexcept {
   try {
-    last_error = error.what();
+    last_error() = error.what();
   } catch (...) {  // no memory for the words
-    last_error.clear();
+    last_error().clear();
   }
   return status;
 }
@@ -104,7 +108,7 @@ int variator_abi(void) { return VARIATOR_ABI; }
 
 const char* variator_version(void) { return VARIATOR_VERSION; }
 
-const char* variator_last_error(void) { return last_error.c_str(); }
+const char* variator_last_error(void) { return last_error().c_str(); }
 
 void variator_open_defaults(variator_open_options* options) {
   static const variator::OpenOptions defaults;

@@ -215,7 +215,7 @@ bool among(const std::string& type, std::initializer_list<const char*> types) {
   return std::any_of(types.begin(), types.end(), [&type](const char* one) { return type == one; });
 }
 
-std::string precision_of(const GraphInfo& graph) {
+const char* precision_of(const GraphInfo& graph) {
   std::map<std::string, double> sizes;
   for (const TensorInfo& tensor : graph.tensors) {
     sizes[tensor.name] = tensor.elements;

@@ -22,7 +22,7 @@ namespace {
 std::shared_ptr<Ort::Env> environment() {
   static std::mutex lock;
   static std::weak_ptr<Ort::Env> known;
-  const std::lock_guard<std::mutex> hold(lock);
+  const std::scoped_lock hold(lock);
   std::shared_ptr<Ort::Env> found = known.lock();
   if (!found) {
     found = std::make_shared<Ort::Env>(ORT_LOGGING_LEVEL_ERROR, "variator");
@@ -53,7 +53,7 @@ class OnnxRuntimeEngine final : public Engine {
       : environment_(environment()),
         session_(*environment_, graph.c_str(), session_options(threads)),
         precision_(std::move(precision)) {
-    Ort::AllocatorWithDefaultOptions allocator;
+    const Ort::AllocatorWithDefaultOptions allocator;
     for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
       inputs_.emplace_back(session_.GetInputNameAllocated(i, allocator).get());
     }
@@ -97,7 +97,7 @@ class OnnxRuntimeEngine final : public Engine {
       if (found == feed.inputs.end()) {
         throw EngineError("nothing is given for the input " + name + " of the graph", "", "export again");
       }
-      auto* data = const_cast<std::int64_t*>(found->second.data());  // the library's interface takes no const
+      auto* data = const_cast<std::int64_t*>(found->second.data());  // NOLINT(cppcoreguidelines-pro-type-const-cast): the library only reads
       values.push_back(Ort::Value::CreateTensor(memory_, data, found->second.size(), shape.data(), shape.size()));
     }
     return values;

@@ -21,7 +21,7 @@ constexpr double kEfficient = 1.1;
 /// To a tenth of a ms, as Python rounds: by the exact decimal value, to even.
 double to_tenths(double value) {
   char text[352];  // the longest finite number takes 312 characters
-  std::snprintf(text, sizeof text, "%.1f", value);
+  std::snprintf(text, sizeof text, "%.1f", value);  // NOLINT(cppcoreguidelines-pro-type-vararg)
   return std::strtod(text, nullptr);
 }
 

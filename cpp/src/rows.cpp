@@ -16,7 +16,7 @@ constexpr std::int64_t kBuckets[] = {8,   16,  24,  32,  48,   64,   96,   128, 
 constexpr std::int64_t kTokensPerRun = 16384;
 
 /// Largest rows x length x length of one call, unless it is a single row: attention compares all pairs of tokens.
-constexpr std::int64_t kSquaresPerRun = std::int64_t{1} << 25U;
+constexpr std::int64_t kSquaresPerRun = 33554432;
 
 bool per_token(const std::string& name) {
   return name == "last_hidden_state" || name == "start_logits" || name == "end_logits";

@@ -90,7 +90,7 @@ class Runtime::Impl {
   /// The engine of a ratio, loaded if it is not yet.
   Engine& engine(const Key& ratio) {
     const std::string& graph = bundle_.ratio(ratio).graph;
-    const std::lock_guard<std::mutex> hold(load_lock_);
+    const std::scoped_lock hold(load_lock_);
     std::unique_ptr<Engine>& found = engines_[graph];
     if (!found) {
       found = load_engine(bundle_, built_, graph, threads_);
@@ -112,7 +112,7 @@ class Runtime::Impl {
     result.load_ms = ms_since(asked);
     const std::vector<Part> parts = in_buckets(rows, bundle_.manifest().max_length, used.profiles());
     const auto waiting = Clock::now();
-    const std::lock_guard<std::mutex> turn(compute_lock_);
+    const std::scoped_lock turn(compute_lock_);
     result.queue_ms = ms_since(waiting);
     const auto computing = Clock::now();
     result.outputs = computed(used, rows, parts, bundle_.manifest().inputs);
@@ -123,7 +123,7 @@ class Runtime::Impl {
   Computed compute(const Key& ratio, const std::vector<Row>& rows) {
     Engine& used = engine(ratio);
     const std::vector<Part> parts = together(rows, used.profiles());
-    const std::lock_guard<std::mutex> turn(compute_lock_);
+    const std::scoped_lock turn(compute_lock_);
     const auto computing = Clock::now();
     Outputs outputs = computed(used, rows, parts, bundle_.manifest().inputs);
     return {std::move(outputs), ms_since(computing)};
@@ -131,7 +131,7 @@ class Runtime::Impl {
 
   /// The queue for ratio `auto`, made when it is first needed, with every ratio loaded.
   AutoQueue& queue() {
-    const std::lock_guard<std::mutex> hold(queue_lock_);
+    const std::scoped_lock hold(queue_lock_);
     if (!queue_) {
       const LatencyTable table = load_table(built_, threads_);
       std::vector<Key> ratios;

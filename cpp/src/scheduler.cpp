@@ -29,7 +29,7 @@ constexpr int kMaxTokens = 16384;
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 
 std::string in_ms(double time) {
-  std::string text = std::to_string(time);
+  const std::string text = std::to_string(time);
   return text.substr(0, text.find('.') + 2) + " ms";
 }
 
@@ -46,7 +46,8 @@ std::vector<int> buckets_up_to(int limit) {
 }
 
 void check_slo(double slo_ms) {
-  if (!(slo_ms > 0 && slo_ms <= kMaxSloMs)) {
+  const bool fits = slo_ms > 0 && slo_ms <= kMaxSloMs;
+  if (!fits) {
     throw InputError("an SLO of " + std::to_string(slo_ms) + " ms", "more than 0, up to 3600000 ms");
   }
 }
@@ -65,6 +66,7 @@ Scheduler::Scheduler(Costs costs, Policy policy, double slo_ms, int max_queue)
   check_slo(slo_ms);
   for (int level = 0; level < costs_.levels(); ++level) {
     std::vector<double> shares;
+    shares.reserve(costs_.buckets().size());
     for (int bucket = 0; bucket < static_cast<int>(costs_.buckets().size()); ++bucket) {
       shares.push_back(costs_.share(slo_ms, level, bucket));
     }

@@ -32,7 +32,7 @@ class Sha256 {
     total_ += bytes.size();
     while (!bytes.empty()) {
       if (held_ == 0 && bytes.size() >= kBlock) {
-        compress(bytes.data());
+        compress(bytes.substr(0, kBlock));
         bytes.remove_prefix(kBlock);
         continue;
       }
@@ -41,7 +41,7 @@ class Sha256 {
       held_ += taken;
       bytes.remove_prefix(taken);
       if (held_ == kBlock) {
-        compress(buffer_.data());
+        compress(std::string_view(buffer_.data(), kBlock));
         held_ = 0;
       }
     }
@@ -68,12 +68,12 @@ class Sha256 {
   }
 
  private:
-  void compress(const char* block) {
+  void compress(std::string_view block) {
     std::array<std::uint32_t, 64> words{};
     for (std::size_t i = 0; i < 16; ++i) {
-      std::array<unsigned char, 4> bytes{};
-      std::memcpy(bytes.data(), block + 4 * i, 4);
-      words[i] = std::uint32_t{bytes[0]} << 24U | std::uint32_t{bytes[1]} << 16U | std::uint32_t{bytes[2]} << 8U | bytes[3];
+      for (std::size_t j = 0; j < 4; ++j) {
+        words[i] = words[i] << 8U | static_cast<unsigned char>(block[4 * i + j]);
+      }
     }
     for (std::size_t i = 16; i < 64; ++i) {
       const std::uint32_t a = words[i - 15];

@@ -45,7 +45,7 @@ std::vector<variator::Row> rows_of(std::size_t count, std::size_t length, std::i
 class Raw {
  public:
   explicit Raw(const std::string& graph) : session_(environment_, graph.c_str(), options()) {
-    Ort::AllocatorWithDefaultOptions allocator;
+    const Ort::AllocatorWithDefaultOptions allocator;
     for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
       inputs_.emplace_back(session_.GetInputNameAllocated(i, allocator).get());
     }

@@ -12,9 +12,9 @@ namespace variator {
 /// A ratio or a name. Made from `4`, `"4"` or `"long"` alike.
 class VARIATOR_EXPORT Key {
  public:
-  Key(int ratio) : text_(std::to_string(ratio)), ratio_(ratio) {}  // NOLINT(google-explicit-constructor): a ratio is one
-  Key(std::string text);                                           // NOLINT(google-explicit-constructor)
-  Key(const char* text) : Key(std::string(text)) {}                // NOLINT(google-explicit-constructor)
+  Key(int ratio) : text_(std::to_string(ratio)), ratio_(ratio) {}  // NOLINT(cppcoreguidelines-explicit-constructor): a ratio is one
+  Key(std::string text);                                           // NOLINT(cppcoreguidelines-explicit-constructor)
+  Key(const char* text) : Key(std::string(text)) {}                // NOLINT(cppcoreguidelines-explicit-constructor)
 
   /// As it stands in manifests and messages.
   const std::string& text() const noexcept { return text_; }
