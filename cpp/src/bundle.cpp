@@ -1,0 +1,172 @@
+#include "variator/bundle.hpp"
+
+#include <algorithm>
+
+#include "files.hpp"
+#include "json.hpp"
+#include "sha256.hpp"
+
+namespace variator {
+
+namespace {
+
+constexpr int kFirstFormat = 1;
+constexpr int kLastFormat = 4;
+const char* const kManifest = "manifest.json";
+const char* const kExportAgain = "export again with `variator export`";
+
+void check_version(const Json& data, const std::string& place) {
+  const Json version = data.value("format_version", Json());
+  const bool known = version.is_number_integer() && version >= kFirstFormat && version <= kLastFormat;
+  if (!known) {
+    throw BundleError(place + " has bundle format version " + version.dump(-1, ' ', true, Json::error_handler_t::replace),
+                      "1, 2, 3, 4", "use the version of variator that wrote it, or export again");
+  }
+}
+
+/// What only Python serves so far.
+void check_kind(const Json& data, const std::string& place) {
+  if (data.value("layout", "per-ratio") != "per-ratio") {
+    throw BundleError(place + " has one graph for all ratios, which C++ does not run", "--layout per-ratio",
+                      "export it with --layout per-ratio, or serve it with Python");
+  }
+  const auto has = [&data](const char* name) { return data.contains(name) && !data[name].is_null(); };
+  if (has("decoder") || has("picture")) {
+    throw BundleError(place + (has("decoder") ? " has a decoder" : " reads pictures") + ", which C++ does not run",
+                      "encoders of texts",
+                      has("decoder") ? "export the encoder alone with --task hidden, or serve it with Python"
+                                     : "serve it with Python");
+  }
+}
+
+/// Score over ratio 1's, of the split that a plugin was scored on first; 0 if there is none.
+double expected_quality(const Json& entry) {
+  const Json scores = entry.value("training", Json::object()).value("scores", Json::array());
+  if (scores.empty()) {
+    return 0.0;
+  }
+  const Json& value = field(scores[0], "value");
+  if (value.empty()) {
+    return 0.0;
+  }
+  const std::string metric = value.items().begin().key();
+  const double reference = scores[0].value("ratio_1", Json::object()).value(metric, 0.0);
+  return reference == 0.0 ? 0.0 : real_of(value, metric) / reference;
+}
+
+std::map<Key, RatioEntry> ratios_of(const Json& data) {
+  std::map<Key, RatioEntry> ratios;
+  for (const auto& item : field(data, "ratios").items()) {
+    const Json& entry = item.value();
+    ratios[Key(item.key())] = {text_of(entry, "graph"), entry.value("untrained", false), expected_quality(entry)};
+  }
+  if (const auto first = ratios.find(1); first != ratios.end()) {
+    first->second.expected_quality = 1.0;
+  }
+  return ratios;
+}
+
+Manifest manifest_of(const Json& data) {
+  Manifest manifest;
+  manifest.format_version = static_cast<int>(whole_of(data, "format_version"));
+  manifest.model = text_of(data, "model");
+  manifest.task = text_of(data, "task");
+  manifest.hidden_size = whole_of(data, "hidden_size");
+  manifest.vocabulary = whole_of(data, "vocabulary");
+  manifest.max_length = whole_of(data, "max_length");
+  manifest.inputs = texts_of(data, "inputs");
+  manifest.outputs = texts_of(data, "outputs");
+  manifest.labels = data.contains("labels") ? texts_of(data, "labels") : std::vector<std::string>();
+  manifest.ratios = ratios_of(data);
+  manifest.files = files_of(data, "files");
+  return manifest;
+}
+
+/// What contradicts itself.
+void check_whole(const Manifest& manifest) {
+  if (manifest.ratios.count(1) == 0) {
+    throw FieldError("ratio 1 is not listed");
+  }
+  for (const std::int64_t size : {manifest.hidden_size, manifest.vocabulary, manifest.max_length}) {
+    if (size < 1) {
+      throw FieldError("hidden_size, vocabulary or max_length is " + std::to_string(size));
+    }
+  }
+  for (const auto& [ratio, entry] : manifest.ratios) {
+    if (manifest.files.count(entry.graph) == 0) {
+      throw FieldError("'" + entry.graph + "' is not listed");
+    }
+  }
+  const std::vector<std::string> known = {"input_ids", "attention_mask", "token_type_ids"};
+  for (const std::string& name : manifest.inputs) {
+    if (std::find(known.begin(), known.end(), name) == known.end()) {
+      throw FieldError("an input is '" + name + "'");
+    }
+  }
+}
+
+Manifest read_manifest(const std::string& text, const std::string& place) {
+  try {
+    const Json data = object_in(text);
+    check_version(data, place);
+    check_kind(data, place);
+    Manifest manifest = manifest_of(data);
+    check_whole(manifest);
+    return manifest;
+  } catch (const FieldError& error) {
+    throw BundleError(place + " is damaged: " + error.what(), "", kExportAgain);
+  } catch (const Json::exception& error) {
+    throw BundleError(place + " is damaged: " + error.what(), "", kExportAgain);
+  }
+}
+
+}  // namespace
+
+Bundle::Bundle(std::filesystem::path path, Manifest manifest) : path_(std::move(path)), manifest_(std::move(manifest)) {}
+
+Bundle Bundle::open(const std::filesystem::path& path) {
+  const std::filesystem::path place = path / kManifest;
+  std::string text;
+  if (!read_whole(place, text)) {
+    throw BundleError(path.string() + " is not a bundle: cannot read " + kManifest,
+                      "a directory written by `variator export`");
+  }
+  Bundle bundle(path, read_manifest(text, place.string()));
+  for (const auto& [name, entry] : bundle.manifest_.files) {
+    const std::filesystem::path file = inside(path, name);
+    const std::string found = wrong_size(file, entry.bytes);
+    if (!found.empty()) {
+      throw BundleError(file.string() + " is " + found, std::to_string(entry.bytes) + " bytes", kCopyAgain);
+    }
+  }
+  return bundle;
+}
+
+void Bundle::verify(const std::vector<std::string>& names) const {
+  for (const auto& [name, entry] : manifest_.files) {
+    const bool wanted = names.empty() || std::find(names.begin(), names.end(), name) != names.end();
+    if (wanted && sha256_of_file(inside(path_, name)) != entry.sha256) {
+      throw BundleError((path_ / name).string() + " has changed since it was exported (sha256 differs)", "", kCopyAgain);
+    }
+  }
+}
+
+std::vector<Key> Bundle::ratios() const {
+  std::vector<Key> found;
+  found.reserve(manifest_.ratios.size());
+  for (const auto& [ratio, entry] : manifest_.ratios) {
+    found.push_back(ratio);
+  }
+  return found;
+}
+
+const RatioEntry& Bundle::ratio(const Key& ratio) const {
+  const auto found = manifest_.ratios.find(ratio);
+  if (found == manifest_.ratios.end()) {
+    throw InputError("ratio '" + ratio.text() + "' is not in " + path_.string(), in_words(ratios()),
+                     "export the model again with all the ratios you need, into a new bundle");
+  }
+  return found->second;
+}
+
+}  // namespace variator

@@ -1,0 +1,99 @@
+"""What the C++ runtime adds to ONNX Runtime's own call, and how far its answers are from Python's.
+
+`python -m tools.cpp_bench BUNDLE BUILD RECORD`: a bundle with an onnxruntime engine, and what `make cpp` has built. The
+two calls are timed in turns, pair by pair; the overhead is the median of the pairs' differences, so that a change of
+the machine's pace meets both. Beside it stands the range that this median may have by chance, and the difference of the
+tenths of runs that were quickest: what is left where other work on the machine scatters runs by more than is asked for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from variator import machine
+from variator.engines.runtime import Runtime
+from variator.files import write_atomically
+
+SHAPES = (("1x8", 600), ("1x32", 400), ("1x128", 200), ("8x128", 15), ("32x64", 10))
+"""Rows x tokens, and pairs of runs."""
+
+
+def main() -> None:
+    """Measure and write the record."""
+    bundle, build, record = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    with Runtime.open(bundle, "onnxruntime", "fp32") as runtime:
+        ratios, vocabulary = runtime.bundle.ratios, runtime.bundle.manifest.vocabulary
+        results = [_measured(build, bundle, str(ratio), shape, runs) for shape, runs in SHAPES for ratio in ratios]
+        differences = {str(ratio): _difference(build, bundle, runtime, ratio, vocabulary) for ratio in ratios}
+        data = {
+            "schema": "variator.cpp/1",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": {"cpu": machine.cpu_name(), "cores": machine.cores(), "system": machine.system()},
+            "load_average": round(os.getloadavg()[0], 1),
+            "model": runtime.bundle.manifest.model,
+            "results": results,
+            "max_abs_difference_from_python": differences,
+        }
+    write_atomically(record, json.dumps(data, indent=1) + "\n")
+    for one in results:
+        print(
+            f"{one['shape']:>6} ratio {one['ratio']:>2}: raw {one['raw_ms']:8.3f} ms, infer {one['infer_ms']:8.3f} ms, "
+            f"{one['overhead_us']:+7.1f} us ({one['overhead_low_us']:+.1f} to {one['overhead_high_us']:+.1f}), p10 {one['overhead_p10_us']:+.1f} us"
+        )
+    print(f"largest difference from Python: {max(differences.values()):.1e}")
+
+
+def _measured(build: Path, bundle: Path, ratio: str, shape: str, runs: int) -> dict[str, Any]:
+    """One shape and ratio; the spread is that of the median, from resampled pairs."""
+    command = [str(build / "tests" / "variator_bench"), str(bundle), ratio, shape, str(runs)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    raw, whole = np.array(told.pop("raw_us")), np.array(told.pop("infer_us"))
+    added = whole - raw
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(added, (1000, len(added))), axis=1)
+    low, high = np.percentile(medians, (2.5, 97.5))
+    quick_raw, quick = (float(np.percentile(times, 10)) for times in (raw, whole))
+    return {
+        "shape": shape,
+        "ratio": ratio,
+        **told,
+        "raw_ms": round(float(np.median(raw)) / 1e3, 4),
+        "infer_ms": round(float(np.median(whole)) / 1e3, 4),
+        "raw_p10_ms": round(quick_raw / 1e3, 4),
+        "infer_p10_ms": round(quick / 1e3, 4),
+        "overhead_us": round(float(np.median(added)), 1),
+        "overhead_low_us": round(float(low), 1),
+        "overhead_high_us": round(float(high), 1),
+        "overhead_p10_us": round(quick - quick_raw, 1),
+        "pairs": runs,
+    }
+
+
+def _difference(build: Path, bundle: Path, runtime: Runtime, ratio: int | str, vocabulary: int) -> float:
+    """The largest difference of any output, over rows of many lengths."""
+    rng = random.Random(0)
+    rows = [[rng.randrange(vocabulary) for _ in range(length)] for length in (1, 2, 5, 17, 33, 64, 100, 128)]
+    with tempfile.TemporaryDirectory() as place:
+        given = Path(place) / "given.json"
+        given.write_text(json.dumps({"bundle": str(bundle), "requests": [{"rows": rows, "ratio": str(ratio)}]}))
+        command = [str(build / "tests" / "variator_driver"), "infer", str(given)]
+        (answer,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["answers"]
+    expected = runtime.infer(rows, ratio=ratio).outputs
+    return max(
+        float(np.abs(np.array(answer["outputs"][name]["values"]).reshape(values.shape) - values).max())
+        for name, values in expected.items()
+    )
+
+
+if __name__ == "__main__":
+    main()
