@@ -321,6 +321,7 @@ def application_of(settings: RaySettings) -> Application:
     options: dict[str, Any] = {
         "name": "variator",
         "max_ongoing_requests": server.max_queue + ROOM,
+        "logging_config": {"enable_access_log": False},
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": settings.num_gpus},
     }
     if settings.min_replicas == settings.max_replicas:
