@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,8 +56,6 @@ def cluster() -> Iterator[str]:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -210,6 +210,19 @@ def test_a_killed_replica_is_replaced_and_no_answer_is_wrong(
     for one in answers:
         if one.status_code == 200:
             np.testing.assert_allclose(one.json(), expected[2], atol=1e-5)
+
+
+def test_every_replica_counts_through_ray(cluster: str, two: Any) -> None:
+    assert all(embed(cluster, ratio=4).status_code == 200 for _ in range(20))
+    node = ray.nodes()[0]
+    exported = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def counted() -> set[str]:
+        lines = [one for one in httpx.get(exported).text.splitlines() if one.startswith("ray_variator_requests_total")]
+        lines = [one for one in lines if 'ratio="4"' in one and 'outcome="served"' in one]
+        return {replica for one in lines for replica in re.findall(r'replica="(\w+)"', one)}
+
+    until(lambda: counted() >= set(replicas_of("two")), 30)
 
 
 @pytest.mark.slow
