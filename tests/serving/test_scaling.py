@@ -58,6 +58,8 @@ def after(
         ((OLD, OLD, RAISED), [(WINDOW_S + 3, 4)]),
         ((HIGH, SILENT), [(WINDOW_S + 15, 3)]),
         ((HIGH,) * 40, [(WINDOW_S + 15, 44)]),
+        ((HIGH,) * 15, [(WINDOW_S + 15, 17)]),
+        ((HIGH,) * 30, [(WINDOW_S + 15, 33)]),
         ((CALM, CALM), [(WINDOW_S + 300, 1)]),
         ((CALM, RAISED), []),
         ((CALM, SILENT), []),  # nobody knows what it does
@@ -65,7 +67,7 @@ def after(
         ((HOPELESS, CALM), []),
         ((CALM,) * 40, [(WINDOW_S + 300, 36)]),
         ((replace(CALM, busy=0.4),) * 2, []),  # one alone would be 80 % busy
-        ((replace(CALM, busy=0.56),) * 40, [(WINDOW_S + 300, 38)]),
+        ((replace(CALM, busy=0.57),) * 40, [(WINDOW_S + 300, 38)]),
         ((replace(CALM, busy=0.9),) * 2, []),  # and more are not needed either
         ((replace(CALM, age=0.7), CALM), []),
     ],
@@ -84,6 +86,16 @@ def test_while_replicas_are_on_their_way_no_more_are_asked_for_but_fewer_may_be(
     assert after(1000, HIGH, running=1, wanted=2) == []
     assert after(1000, CALM, running=1, wanted=2) == [(WINDOW_S + 300, 1)]
     assert after(1000, CALM, CALM, CALM, running=3, wanted=2) == []
+
+
+def test_after_a_decision_it_takes_as_long_again() -> None:
+    state, wanted, changes = State(), 5, []
+    for second in range(1000):
+        told = [replace(CALM, at_s=second)] * 3
+        found, state = decide(told, Replicas(3, wanted, 1, 9), second, state, SCALING)
+        changes += [second] if found != wanted else []
+        wanted = found
+    assert (changes, wanted) == ([305, 606, 907], 2)
 
 
 def test_a_moment_of_rest_begins_anew() -> None:
@@ -107,8 +119,8 @@ def test_what_was_told_before_a_replica_came_or_long_ago_is_not_believed() -> No
     assert state == State(2, 26), "the second replica has changed everything"
     _, state = decide([replace(HIGH, at_s=32)] * 2, Replicas(2, 2, 1, 9), 32, state, SCALING)
     assert state.high_s == 32
-    _, state = decide([replace(HIGH, at_s=32)] * 2, Replicas(2, 2, 1, 9), 32 + SCALING.stale_s + 1, state, SCALING)
-    assert state.high_s is None
+    wanted, state = decide([replace(HIGH, at_s=32)] * 2, Replicas(2, 2, 1, 9), 33 + SCALING.stale_s, state, SCALING)
+    assert (wanted, state.high_s) == (2, None)
 
 
 def test_a_state_survives_a_dictionary_that_holds_more() -> None:

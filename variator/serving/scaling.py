@@ -146,11 +146,16 @@ def _wanted(heard: Sequence[Told], replicas: Replicas, now_s: float, state: Stat
 
     running, wanted, step = replicas.running, replicas.wanted, scaling.step * replicas.wanted
     if running == wanted and (for_long(state.high_s, scaling.high_s) or for_long(state.late_s, scaling.late_s)):
-        return wanted + max(1, math.ceil(step))
+        return wanted + max(1, _ceil(step))
     if running <= wanted and for_long(state.calm_s, scaling.calm_s):
-        enough = math.ceil(sum(one.busy for one in heard) / scaling.fill)
-        return min(wanted, max(enough, wanted - max(1, int(step))))
+        enough = _ceil(sum(one.busy for one in heard) / scaling.fill)
+        return min(wanted, max(enough, wanted - max(1, int(step + 1e-9))))
     return wanted
+
+
+def _ceil(value: float) -> int:
+    """Rounded up; a sum's rounding is not a replica."""
+    return math.ceil(value - 1e-9)
 
 
 def _bounded(wanted: int, replicas: Replicas) -> int:
