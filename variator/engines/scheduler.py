@@ -263,6 +263,11 @@ class Scheduler:
             self.pace = 1 + (self.pace - 1) * math.exp(-idle / PACE_MS)
             self._took, self._rested = self.pace * self._expected, now
 
+    def age(self, now: float) -> float:
+        """ms since the request that is served next arrived; 0 if none waits."""
+        first = self._first()
+        return 0.0 if first is None else max(0.0, now - first.arrival)
+
     def _first(self) -> Request | None:
         heap = self._all
         while heap:

@@ -77,6 +77,20 @@ class ServeSettings:
                 raise InputError(f"{name} is {value!r}", valid="a whole number, 1 or more")
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """What waits at a server.
+
+    Args:
+        age_ms: Of the request that is served next.
+        drain_ms: Time to serve all of it, by level.
+    """
+
+    requests: int
+    age_ms: float
+    drain_ms: tuple[float, ...]
+
+
 class Observer(Protocol):
     """Told what happens, from the threads that it happens on: for metrics and spans."""
 
@@ -207,6 +221,13 @@ class Server:
         """Tell one more what happens."""
         with self._lock:
             self._observers = [*self._observers, observer]
+
+    def backlog(self) -> Backlog:
+        """What waits now."""
+        with self._lock:
+            now, pace = self._clock(), self.scheduler.pace
+            drain_ms = tuple(level * pace for level in self.scheduler.drain_ms)
+            return Backlog(self.scheduler.requests, self.scheduler.age(now), drain_ms)
 
     def _levels(self, min_ratio: Key | None, max_ratio: Key | None, min_quality: float | None) -> tuple[int, int]:
         """Lowest and highest level of a request."""

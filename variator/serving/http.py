@@ -70,11 +70,17 @@ class Fault(Exception):  # noqa: N818 - an answer, not a defect
         self.status, self.kind, self.text, self.retry_s = status, kind, text, retry_s
 
 
-def create_app(service: Service, settings: HttpSettings | None = None, close: bool = False) -> FastAPI:
+def create_app(
+    service: Service,
+    settings: HttpSettings | None = None,
+    close: bool = False,
+    reload: Callable[[], Awaitable[None]] | None = None,
+) -> FastAPI:
     """The application over a service.
 
     Args:
         close: Whether the service ends with it.
+        reload: What `POST /reload` does, where there are more services to reload than this one.
     """
     settings = settings or HttpSettings()
     registry = CollectorRegistry()
@@ -94,7 +100,7 @@ def create_app(service: Service, settings: HttpSettings | None = None, close: bo
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _broken)
     _endpoints(app, service, settings)
-    _about(app, service, registry)
+    _about(app, service, registry, reload or functools.partial(asyncio.to_thread, service.reload))
     return app
 
 
@@ -192,7 +198,7 @@ async def _parsed(request: Request, kind: type[Any], answer: Callable[[Request, 
     return await answer(request, body)
 
 
-def _about(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
+def _about(app: FastAPI, service: Service, registry: CollectorRegistry, again: Callable[[], Awaitable[None]]) -> None:
     """What tells about the service."""
 
     @app.get("/health")
@@ -227,7 +233,7 @@ def _about(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
     async def reload() -> Response:
         """Serve what lies at the bundle's path now."""
         try:
-            await asyncio.to_thread(service.reload)
+            await again()
         except (BundleError, EngineError, InputError) as error:
             raise Fault(409, "Unloadable", f"{error}; the old bundle is still served") from error
         return _json(service.info())
@@ -242,13 +248,15 @@ async def _answer(request: Request, service: Service, settings: HttpSettings, ro
     else:
         future = _submit(service, settings, rows, asked)
     waiting = asyncio.wrap_future(future)
-    while True:
-        done, _ = await asyncio.wait([waiting], timeout=GONE_EVERY_S)
-        if done:
-            return waiting.result()
-        if await request.is_disconnected():
-            waiting.cancel()
-            raise Fault(499, "Gone", "the client is gone")
+    try:
+        while True:
+            done, _ = await asyncio.wait([waiting], timeout=GONE_EVERY_S)
+            if done:
+                return waiting.result()
+            if await request.is_disconnected():
+                raise Fault(499, "Gone", "the client is gone")
+    finally:  # some servers cancel instead of telling
+        waiting.cancel()
 
 
 def _submit(service: Service, settings: HttpSettings, rows: list[Any], asked: Asked) -> Future[Result]:

@@ -89,7 +89,9 @@ class _Moment:
     requests: int = 0
     refused: int = 0
     failed: int = 0
+    late: int = 0
     rows: int = 0
+    compute_ms: float = 0.0
     latency_ms: float = 0.0
     ratios: dict[str, int] | None = None
 
@@ -114,6 +116,7 @@ class History:
         with self._lock:
             moment = self._now()
             moment.rows += batch.rows
+            moment.compute_ms += compute_ms
             self.ratio = batch.ratio
             counts = moment.ratios if moment.ratios is not None else {}
             counts[str(batch.ratio)] = counts.get(str(batch.ratio), 0) + len(queue_ms)
@@ -125,6 +128,7 @@ class History:
             moment.requests += 1
             moment.refused += outcome in ("refused", "dropped")
             moment.failed += outcome == "failed"
+            moment.late += outcome == "late"
             if outcome in ("served", "late"):
                 moment.latency_ms = max(moment.latency_ms, latency_ms)
 
