@@ -72,24 +72,31 @@ void cut(std::vector<Part>& parts, std::int64_t length, const std::vector<std::s
 
 }  // namespace
 
-std::vector<Row> checked_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate) {
+const std::vector<Row>& checked_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate,
+                                     std::vector<Row>& cut) {
   if (rows.empty()) {
     throw InputError("the request is empty", "at least one list of token ids");
   }
   const auto limit = static_cast<std::size_t>(manifest.max_length);
-  std::vector<Row> checked = rows;
-  for (std::size_t index = 0; index < checked.size(); ++index) {
-    Row& row = checked[index];
-    check_ids(row, index, manifest.vocabulary);
-    check_types(row, index);
-    if (row.ids.size() > limit && !truncate) {
-      throw InputError(input(index) + " has " + std::to_string(row.ids.size()) + " tokens",
+  bool too_long = false;
+  for (std::size_t index = 0; index < rows.size(); ++index) {
+    check_ids(rows[index], index, manifest.vocabulary);
+    check_types(rows[index], index);
+    if (rows[index].ids.size() > limit && !truncate) {
+      throw InputError(input(index) + " has " + std::to_string(rows[index].ids.size()) + " tokens",
                        "1 to " + std::to_string(limit) + ", the model's limit", "shorten it, or set truncate");
     }
+    too_long = too_long || rows[index].ids.size() > limit;
+  }
+  if (!too_long) {
+    return rows;
+  }
+  cut = rows;
+  for (Row& row : cut) {
     row.ids.resize(std::min(row.ids.size(), limit));
     row.types.resize(row.types.empty() ? 0 : row.ids.size());
   }
-  return checked;
+  return cut;
 }
 
 std::vector<Part> in_buckets(const std::vector<Row>& rows, std::int64_t limit, const std::vector<ShapeRange>& profiles) {

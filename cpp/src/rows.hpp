@@ -17,8 +17,10 @@ struct Part {
 
 /// Check rows as the model takes them; what is longer than its limit is cut, if `truncate`.
 ///
+/// @param cut Holds the rows that are returned, if any had to be cut; else they are those that were given.
 /// @throws InputError Naming the row.
-std::vector<Row> checked_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate);
+const std::vector<Row>& checked_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate,
+                                     std::vector<Row>& cut);
 
 /// Rows by the length bucket that holds them, shortest first, in parts that run at once.
 std::vector<Part> in_buckets(const std::vector<Row>& rows, std::int64_t limit, const std::vector<ShapeRange>& profiles);

@@ -65,8 +65,9 @@ class Runtime::Impl {
     if (!by_load) {
       static_cast<void>(bundle_.ratio(ratio));  // says what the bundle holds
     }
-    std::vector<Row> checked = checked_rows(rows, bundle_.manifest(), options.truncate);
-    Result result = by_load ? queue().infer(std::move(checked), options.slo_ms.value_or(options_.slo_ms))
+    std::vector<Row> cut;
+    const std::vector<Row>& checked = checked_rows(rows, bundle_.manifest(), options.truncate, cut);
+    Result result = by_load ? queue().infer(checked, options.slo_ms.value_or(options_.slo_ms))
                             : infer_at(checked, ratio);
     result.engine = built_.record.backend;
     result.precision = built_.record.precision;
