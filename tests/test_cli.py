@@ -248,7 +248,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, tmp_path: P
     stopped = []
     for seconds in (6, 12, 24, 48, 96):  # a slow machine may still be loading torch
         done = interrupt_after(command, seconds)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        # Where the signal meets a library's start-up code, Python ends the process by the signal itself.
+        assert done.returncode in (1, -signal.SIGINT) and "Traceback" not in done.stderr
         if found := re.search(
             r"stopped after step (\d+) of the distillation stage's 1000000; the state is saved", done.stderr
         ):
