@@ -29,7 +29,13 @@ from variator.training.budget import layer_flops
 RANK = 8
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+RELATED = ("xlm-roberta", "deberta-v2, own projections", "modernbert, all biases")
+"""What differs from its neighbour in the table by less than a family: taken through the whole chain with -m slow."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in RELATED else kind for kind in CONFIGS]
+)
 def test_the_whole_chain(kind: str, tmp_path: Path) -> None:
     backbone = load_backbone(str(write_checkpoint(kind, tmp_path / "model")))
     plugin = lively(backbone, 4, rank=RANK)
