@@ -72,8 +72,7 @@ void cut(std::vector<Part>& parts, std::int64_t length, const std::vector<std::s
 
 }  // namespace
 
-const std::vector<Row>& checked_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate,
-                                     std::vector<Row>& cut) {
+bool check_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate) {
   if (rows.empty()) {
     throw InputError("the request is empty", "at least one list of token ids");
   }
@@ -88,12 +87,13 @@ const std::vector<Row>& checked_rows(const std::vector<Row>& rows, const Manifes
     }
     too_long = too_long || rows[index].ids.size() > limit;
   }
-  if (!too_long) {
-    return rows;
-  }
-  cut = rows;
+  return too_long;
+}
+
+std::vector<Row> cut_at(std::int64_t limit, const std::vector<Row>& rows) {
+  std::vector<Row> cut = rows;
   for (Row& row : cut) {
-    row.ids.resize(std::min(row.ids.size(), limit));
+    row.ids.resize(std::min(row.ids.size(), static_cast<std::size_t>(limit)));
     row.types.resize(row.types.empty() ? 0 : row.ids.size());
   }
   return cut;

@@ -15,12 +15,13 @@ struct Part {
   std::vector<std::size_t> places;
 };
 
-/// Check rows as the model takes them; what is longer than its limit is cut, if `truncate`.
+/// Check rows as the model takes them; whether any is longer than its limit, which `truncate` allows.
 ///
-/// @param cut Holds the rows that are returned, if any had to be cut; else they are those that were given.
 /// @throws InputError Naming the row.
-const std::vector<Row>& checked_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate,
-                                     std::vector<Row>& cut);
+bool check_rows(const std::vector<Row>& rows, const Manifest& manifest, bool truncate);
+
+/// Rows cut at a limit.
+std::vector<Row> cut_at(std::int64_t limit, const std::vector<Row>& rows);
 
 /// Rows by the length bucket that holds them, shortest first, in parts that run at once.
 std::vector<Part> in_buckets(const std::vector<Row>& rows, std::int64_t limit, const std::vector<ShapeRange>& profiles);

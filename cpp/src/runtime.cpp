@@ -65,10 +65,10 @@ class Runtime::Impl {
     if (!by_load) {
       static_cast<void>(bundle_.ratio(ratio));  // says what the bundle holds
     }
-    std::vector<Row> cut;
-    const std::vector<Row>& checked = checked_rows(rows, bundle_.manifest(), options.truncate, cut);
-    Result result = by_load ? queue().infer(checked, options.slo_ms.value_or(options_.slo_ms))
-                            : infer_at(checked, ratio);
+    const bool too_long = check_rows(rows, bundle_.manifest(), options.truncate);
+    const std::vector<Row> cut = too_long ? cut_at(bundle_.manifest().max_length, rows) : std::vector<Row>();
+    const std::vector<Row>& taken = too_long ? cut : rows;
+    Result result = by_load ? queue().infer(taken, options.slo_ms.value_or(options_.slo_ms)) : infer_at(taken, ratio);
     result.engine = built_.record.backend;
     result.precision = built_.record.precision;
     result.expected_quality = bundle_.ratio(result.ratio).expected_quality;
