@@ -43,7 +43,8 @@ def sources() -> str:
     """Hash of everything that a build depends on."""
     files = sorted(path for path in SOURCE.rglob("*") if path.is_file())
     files += [SOURCE.parent / "variator" / "__init__.py", SOURCE.parent / "tools" / "build_cpp.py"]
-    hashed = hashlib.sha256(importlib.metadata.version("onnxruntime").encode())
+    # CMake builds for the place that the sources lie at: another checkout of the same has a build of its own.
+    hashed = hashlib.sha256(f"{SOURCE} {importlib.metadata.version('onnxruntime')}".encode())
     for path in files:
         hashed.update(str(path.relative_to(SOURCE.parent)).encode() + path.read_bytes())
     return hashed.hexdigest()[:16]
