@@ -238,11 +238,11 @@ def _asked(backbone: Backbone, prompt: Prompt, tensors: Mapping[str, object]) ->
     """transformers' own scores of a prompt's words, behind the gap's mark: [1, classes]."""
     import torch
 
+    from variator.toolkit.checkpoint import start_of
+
     original: Any = backbone.original
     gap, words = prompt.tokens(backbone.tokenizer)
-    start = original.generation_config.decoder_start_token_id
-    start = original.config.decoder_start_token_id if start is None else start
-    return original(**tensors, decoder_input_ids=torch.tensor([[start, gap]])).logits[:, -1, words]
+    return original(**tensors, decoder_input_ids=torch.tensor([[start_of(original), gap]])).logits[:, -1, words]
 
 
 def decoder_shapes(width: int) -> list[tuple[int, int, int, int]]:

@@ -24,6 +24,9 @@ from variator.toolkit.rows import Input
 if TYPE_CHECKING:
     from variator.toolkit.bundle import Manifest
 
+WARM_UP_MS = 60_000.0
+"""Objective of the first run of every ratio, which nobody waits for."""
+
 HISTORY_S, MOMENTS_S = 120, 1.0
 """How far back the history goes, and over what each of its moments is summed."""
 
@@ -93,7 +96,7 @@ class _Moment:
     rows: int = 0
     compute_ms: float = 0.0
     latency_ms: float = 0.0
-    ratios: dict[str, int] | None = None
+    ratios: dict[str, int] = field(default_factory=dict)
 
 
 class History:
@@ -108,7 +111,7 @@ class History:
     def _now(self) -> _Moment:
         at = int(wall_clock() / 1e3 / MOMENTS_S) * MOMENTS_S
         if not self._moments or self._moments[-1].at_s != at:
-            self._moments.append(_Moment(at, ratios={}))
+            self._moments.append(_Moment(at))
         return self._moments[-1]
 
     def batch(self, batch: Batch, queue_ms: Sequence[float], compute_ms: float, tokens: int, padded: int) -> None:
@@ -118,8 +121,7 @@ class History:
             moment.rows += batch.rows
             moment.compute_ms += compute_ms
             self.ratio = batch.ratio
-            counts = moment.ratios if moment.ratios is not None else {}
-            counts[str(batch.ratio)] = counts.get(str(batch.ratio), 0) + len(queue_ms)
+            moment.ratios[str(batch.ratio)] = moment.ratios.get(str(batch.ratio), 0) + len(queue_ms)
 
     def outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
         """See `Observer.outcome`."""
@@ -144,7 +146,7 @@ class History:
 
 
 class _Generation:
-    """One opened bundle with its queue, and how many requests are in it."""
+    """One opened bundle with its queue, warm."""
 
     def __init__(self, bundle: Path, settings: OpenSettings, observers: Sequence[Observer]) -> None:
         self.runtime = Runtime.open(bundle, settings.engine, settings.precision, settings.threads)
@@ -162,9 +164,6 @@ class _Generation:
         except BaseException:
             self.runtime.close()
             raise
-
-
-WARM_UP_MS = 60_000.0
 
 
 class Service:

@@ -344,8 +344,7 @@ def _gap_head(
     parts: DecoderParts, table: nn.Embedding, prompt: Prompt, tokenizer: Any, original: PreTrainedModel, model: str
 ) -> GapHead:
     """What classifies by a prompt's words: of the vocabulary's tables no more than these."""
-    start: Any = getattr(original.generation_config, "decoder_start_token_id", None)
-    start = original.config.decoder_start_token_id if start is None else start
+    start = start_of(original)
     if start is None:
         raise BackboneError(f"{model!r} does not say how texts begin", valid="decoder_start_token_id in config.json")
     try:
@@ -355,6 +354,12 @@ def _gap_head(
     known = nn.Embedding(2, table.embedding_dim, _weight=table.weight[[start, gap]].clone())
     output = table.weight[words].t() if parts.output is None else parts.output[:, words].float()
     return GapHead(_decoder(replace(parts, output=output.contiguous()), known))
+
+
+def start_of(original: Any) -> int | None:
+    """Token that the texts of transformers' model begin with, where it says so."""
+    start: int | None = getattr(original.generation_config, "decoder_start_token_id", None)
+    return original.config.decoder_start_token_id if start is None else start
 
 
 def writes(model: str) -> bool:

@@ -54,24 +54,24 @@ class Teacher:
     decoder: Decoder | None = None
     start: int = 0
 
-    def decoded(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The decoder's last hidden states [batch, T, d] by the encoder's [batch, S, d], and which of them count.
+    def outputs(self, batch: Batch, hidden: Tensor) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor] | None]:
+        """The head's outputs by the encoder's last hidden states [batch, S, d]; of a model with a decoder its own, too.
 
-        None for a model without one.
+        The latter are [batch, T, d], with which of them count [batch, T].
         """
         mask, head = batch.mask.float(), self.model.head
         if isinstance(head, GapHead):
             states = head.states(hidden, mask)
-            return states, torch.ones_like(states[..., 0])
+            return (head.decoder.logits(states),), (states, torch.ones_like(states[..., 0]))
+        outputs: tuple[Tensor, ...] = head(hidden, mask)
         if self.decoder is None:
-            return None
+            return outputs, None
         text, counts = batch.ids[:, :DECODED], mask[:, :DECODED]
         if ANSWER in batch.labels:
             text = batch.labels[ANSWER]
             counts = (text != IGNORED).float()
         ids = torch.cat([text.new_full((len(text), 1), self.start), text[:, :-1].clamp(min=0)], dim=1)
-        (read,) = head(hidden, mask)
-        return self.decoder.start(ids, batch.mask.sum(dim=1), read), counts
+        return outputs, (self.decoder.start(ids, batch.mask.sum(dim=1), outputs[0]), counts)
 
 
 def distil_step(
@@ -82,12 +82,11 @@ def distil_step(
     Args:
         tensors: By setting, by name.
     """
-    model, mask = teacher.model, batch.mask.float()
+    model = teacher.model
     with torch.no_grad():
         targets: list[Tensor] = []
         hidden = batch.through(model.encoder, states=targets)
-        wanted = model.head(hidden, mask)
-        written = teacher.decoded(batch, hidden)
+        wanted, written = teacher.outputs(batch, hidden)
     return {
         config.key: _student(teacher, config, tensors[config.key], batch, targets, wanted, written)
         for config in configs
@@ -106,10 +105,9 @@ def _student(
     model, weights, mask = teacher.model, teacher.weights, batch.mask.float()
     states: list[Tensor] = []
     hidden = batch.through(model.encoder, compression(config, tensors), states)
-    outputs = model.head(hidden, mask)
+    outputs, ours = teacher.outputs(batch, hidden)
     layers = torch.stack([normalised_error(ours, theirs, mask) for ours, theirs in zip(states, targets, strict=True)])
     terms = output_terms(teacher.task, outputs, wanted, mask)
-    ours = teacher.decoded(batch, hidden)
     if written is not None and ours is not None:
         terms["decoder"] = normalised_error(ours[0], *written)
     if ANSWER in batch.labels and ours is not None and teacher.decoder is not None:

@@ -102,8 +102,9 @@ def _finetune(
     import transformers
 
     transformers.set_seed(settings.seed)  # before the head is made
-    prompt = split.task.prompt if writes(model) else None
-    backbone = replace(load_backbone(model, "seq2seq" if writes(model) else "hidden"), prompt=prompt)
+    writer = writes(model)
+    prompt = split.task.prompt if writer else None
+    backbone = replace(load_backbone(model, "seq2seq" if writer else "hidden"), prompt=prompt)
     rows = _rows(backbone, split)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     scratch = output.with_name(f".{output.name}.training")
