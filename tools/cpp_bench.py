@@ -6,9 +6,7 @@ and whole are timed in the very same call: sessions over one graph differ by mor
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
 import random
 import subprocess
 import sys
@@ -18,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from variator import machine
+from tools.record import begun, save
 from variator.engines.runtime import Runtime
-from variator.files import write_atomically
 
 SHAPES = (("1x8", 600), ("1x32", 400), ("1x128", 200), ("8x128", 15), ("32x64", 10))
 """Rows x tokens, and runs."""
@@ -33,16 +30,8 @@ def main() -> None:
         ratios, vocabulary = runtime.bundle.ratios, runtime.bundle.manifest.vocabulary
         results = [_measured(build, bundle, str(ratio), shape, runs) for shape, runs in SHAPES for ratio in ratios]
         differences = {str(ratio): _difference(build, bundle, runtime, ratio, vocabulary) for ratio in ratios}
-        data = {
-            "schema": "variator.cpp/1",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": {"cpu": machine.cpu_name(), "cores": machine.cores(), "system": machine.system()},
-            "load_average": round(os.getloadavg()[0], 1),
-            "model": runtime.bundle.manifest.model,
-            "results": results,
-            "max_abs_difference_from_python": differences,
-        }
-    write_atomically(record, json.dumps(data, indent=1) + "\n")
+        found = {"results": results, "max_abs_difference_from_python": differences}
+        save(begun("variator.cpp/1", runtime) | found, record)
     for one in results:
         print(
             f"{one['shape']:>6} ratio {one['ratio']:>2}: raw {one['raw_ms']:8.3f} ms, infer {one['infer_ms']:8.3f} ms, "

@@ -11,25 +11,22 @@ without an objective, and counts as late as it then is.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
 from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlperf_loadgen as lg
 import numpy as np
 
-from variator.bench.record import package_versions, this_machine
+from tools.record import begun, save
 from variator.engines.latency import load_table
 from variator.engines.policies import policy_named
 from variator.engines.runtime import Runtime
 from variator.engines.serving import Server, ServeSettings
 from variator.errors import DeadlineExceeded, VariatorError
-from variator.files import write_atomically
 from variator.tasks.read import plain_texts
 from variator.toolkit.rows import Row
 
@@ -147,12 +144,7 @@ def main() -> None:
                         server.submit([row], slo_ms=UNHURRIED_MS, min_ratio=ratio, max_ratio=ratio).result()
                 found = judge(server, rows, chosen)
             record = {
-                "schema": SCHEMA,
-                "machine": asdict(this_machine()),
-                "versions": package_versions(),
-                "command": " ".join(sys.argv),
-                "engine": runtime.engine,
-                "precision": runtime.built.record.precision,
+                **begun(SCHEMA, runtime),
                 "scenario": chosen.scenario,
                 "policy": chosen.policy,
                 "mean_tokens": float(np.mean([len(row.ids) for row in rows])),
@@ -160,7 +152,7 @@ def main() -> None:
             }
     except VariatorError as error:
         sys.exit(f"error: {error}")
-    write_atomically(chosen.out, json.dumps(record, indent=1) + "\n")
+    save(record, chosen.out)
     print(found["summary"])
 
 

@@ -16,15 +16,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tools.record import begun, save
 from variator.bench.arrivals import arrivals, lengths_like
-from variator.bench.record import package_versions, this_machine
 from variator.bench.replay import capacity_per_s
 from variator.bench.replay_record import summarise
 from variator.bench.simulate import Failure, SimulationSettings, simulate
@@ -33,7 +33,6 @@ from variator.engines.latency import LatencyTable, load_table
 from variator.engines.policies import Policy, policy_named
 from variator.engines.runtime import Runtime
 from variator.errors import VariatorError
-from variator.files import write_atomically
 from variator.tasks.read import plain_texts
 from variator.toolkit.plugin_format import Key
 
@@ -188,13 +187,7 @@ def main() -> None:
             limit = runtime.bundle.manifest.max_length
             known = Known(measured, measured.ratios, lengths, limit, chosen.slo_ms, runtime.quality)
             record = {
-                "schema": SCHEMA,
-                "machine": asdict(this_machine()),
-                "versions": package_versions(),
-                "command": " ".join(sys.argv),
-                "model": runtime.bundle.manifest.model,
-                "engine": runtime.engine,
-                "precision": runtime.built.record.precision,
+                **begun(SCHEMA, runtime),
                 "slo_ms": chosen.slo_ms,
                 "table_date": measured.date,
                 "capacity_per_s": known.capacity(),
@@ -205,7 +198,7 @@ def main() -> None:
     except VariatorError as error:
         sys.exit(f"error: {error}")
     tell(f"better than drain: {', '.join(better(record['beside'])) or 'none'}")  # type: ignore[arg-type]
-    write_atomically(chosen.out, json.dumps(record, indent=1) + "\n")
+    save(record, chosen.out)
 
 
 if __name__ == "__main__":

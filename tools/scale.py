@@ -18,14 +18,13 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tools.record import begun, save
 from variator.bench.drawing import MARKERS, SERIES, draw_rows, standalone, style
-from variator.bench.record import package_versions, this_machine
 from variator.bench.wording import markdown_table
 from variator.exporters.graph import OPSET, Compressed, trace
 from variator.files import write_atomically
@@ -193,12 +192,12 @@ def measure(out: Path, work: Path, sizes: Sequence[str]) -> None:
     """All sizes, or those named; what is there already is kept."""
     work.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": {}}
-    record |= {"schema": SCHEMA, "machine": asdict(this_machine()), "versions": package_versions()}
+    record |= begun(SCHEMA)
     for size in sizes or (*RUN, *STREAMED, *TRACED):
         row = counted(size)
         row |= run(size, work) if size in RUN else streamed(size, work) if size in STREAMED else traced(size)
         record["rows"][size] = row
-        write_atomically(out, json.dumps(record, indent=1) + "\n")
+        save(record, out)
 
 
 def table(record: dict[str, Any]) -> str:

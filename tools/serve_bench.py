@@ -21,14 +21,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from variator.bench.record import package_versions, this_machine
+from tools.record import begun, save
 from variator.errors import VariatorError
-from variator.files import write_atomically
-from variator.serving.service import Asked, OpenSettings, Service
+from variator.serving.asked import Asked
+from variator.serving.service import OpenSettings, Service
 
 SCHEMA = "variator.serve/1"
 ROWS, CLIENTS, ROUND_S = 8, 8, 4.0
@@ -185,8 +184,8 @@ def main() -> None:
         found = measure(given.bundle, given.engine, given.precision, given.rounds, given.soak)
     except VariatorError as error:
         sys.exit(str(error))
-    record = {"schema": SCHEMA, "machine": asdict(this_machine()), "versions": package_versions(), **found}
-    write_atomically(given.out, json.dumps(record, indent=1) + "\n")
+    record = begun(SCHEMA) | found
+    save(record, given.out)
     print(json.dumps({name: record[name] for name in ("in_process_per_s", "http_per_s", "share")}))
 
 

@@ -13,22 +13,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tools.record import begun, save
 from variator.bench.arrivals import arrivals, lengths_like
 from variator.bench.memory import pss_bytes
-from variator.bench.record import package_versions, this_machine
 from variator.bench.replay import capacity_per_s, replay_once
 from variator.bench.replay_record import summarise
 from variator.engines.latency import load_table
@@ -38,7 +36,6 @@ from variator.engines.scheduler import Request, Scheduler
 from variator.engines.serving import Server, ServeSettings
 from variator.errors import DeadlineExceeded, VariatorError
 from variator.exporters.gate import full_feed
-from variator.files import write_atomically
 from variator.tasks.read import plain_texts
 from variator.toolkit.rows import Row
 
@@ -235,13 +232,7 @@ def main() -> None:
             rows = runtime.tokenise(texts, truncate=True)
             known = np.array([len(row.ids) for row in rows], np.int64)
             record: dict[str, Any] = {
-                "schema": SCHEMA,
-                "machine": asdict(this_machine()),
-                "versions": package_versions(),
-                "command": " ".join(sys.argv),
-                "model": runtime.bundle.manifest.model,
-                "engine": runtime.engine,
-                "precision": runtime.built.record.precision,
+                **begun(SCHEMA, runtime),
                 "slo_ms": chosen.slo_ms,
                 "mean_tokens": float(known.mean()),
             }
@@ -252,7 +243,7 @@ def main() -> None:
             tell(f"soak: {record['soak']}")
     except VariatorError as error:
         sys.exit(f"error: {error}")
-    write_atomically(chosen.out, json.dumps(record, indent=1) + "\n")
+    save(record, chosen.out)
 
 
 if __name__ == "__main__":

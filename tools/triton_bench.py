@@ -20,22 +20,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton_grpc
 
+from tools.record import begun, save
 from tools.triton_server import WHEEL, TritonServer
-from variator.bench.record import package_versions, this_machine
 from variator.cli import parse_shapes
 from variator.engines.runtime import Runtime
 from variator.engines.scheduler import Batch
 from variator.engines.serving import Server, ServeSettings
 from variator.exporters.triton import RUNTIME, triton
 from variator.exporters.triton_config import TritonSettings
-from variator.files import write_atomically
 from variator.toolkit.plugin_format import Key, parse_key
 from variator.toolkit.rows import Row
 
@@ -194,15 +192,10 @@ def measure(
 
 def _write(output: Path, runtime: Runtime, version: str, results: list[dict[str, Any]]) -> None:
     """The record so far: a run that is cut short keeps what it has measured."""
-    record = {
-        "schema": SCHEMA,
-        "model": runtime.bundle.manifest.model,
-        "machine": asdict(this_machine()),
-        "versions": {**package_versions(), "tritonserver": version, "wheel": WHEEL},
-        "targets": {"relative_throughput": TARGET_THROUGHPUT, "overhead_ms": TARGET_OVERHEAD_MS},
-        "results": results,
-    }
-    write_atomically(output, json.dumps(record, indent=1) + "\n")
+    record = begun(SCHEMA, runtime)
+    record["versions"] |= {"tritonserver": version, "wheel": WHEEL}
+    record["targets"] = {"relative_throughput": TARGET_THROUGHPUT, "overhead_ms": TARGET_OVERHEAD_MS}
+    save(record | {"results": results}, output)
 
 
 def main() -> None:

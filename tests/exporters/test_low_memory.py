@@ -130,7 +130,7 @@ def test_pieces_give_what_the_whole_graph_gives(tmp_path: Path) -> None:
     feed["attention_mask"][1, 9:] = 0
     for ratio in (1, 4):
         told: list[tuple[int, int]] = []
-        (found,), _ = run_in_pieces(bundle.graph(ratio), "fp32", [feed], 0, lambda *place: told.append(place))  # noqa: B023
+        (found,), _ = run_in_pieces(bundle.graph(ratio), "fp32", [feed], (), lambda *place: told.append(place))  # noqa: B023
         expected = plain_runner(bundle.graph(ratio))(feed)
         np.testing.assert_allclose(found["last_hidden_state"], expected["last_hidden_state"], rtol=1e-4, atol=1e-5)
         assert len(told) >= 3 and told[-1][0] == told[-1][1], "embeddings and two layers at least"

@@ -124,6 +124,10 @@ def test_a_handle_answers_like_the_runtime_and_tells_what_is_wrong(two: Any, exp
     for wrong in ({"ratio": 3}, {"slo_ms": -1}, {"rato": 2}):
         with pytest.raises(InputError):
             two.infer.remote(TEXTS, **wrong).result(timeout_s=30)
+    long = " ".join(["w5"] * 500)
+    with pytest.raises(InputError, match="tokens"):
+        two.infer.remote([long]).result(timeout_s=30)
+    assert two.infer.remote([long], truncate=True).result(timeout_s=30).ratio == 1
     told = two.broadcast("status").results(timeout_s=30)
     assert {one["replica"] for one in told} == set(replicas_of("two"))
     assert sum(one["told"]["variator_answers"] for one in told) >= 3

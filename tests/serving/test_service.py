@@ -14,7 +14,8 @@ import pytest
 
 from variator.engines.runtime import Runtime
 from variator.errors import BundleError, EngineError, InputError
-from variator.serving.service import Asked, OpenSettings, Service, asked_from
+from variator.serving.asked import Asked
+from variator.serving.service import OpenSettings, Service
 
 SETTINGS = OpenSettings("onnxruntime", "fp32")
 
@@ -57,14 +58,6 @@ def test_a_fixed_ratio_goes_through_the_queue_and_answers_like_the_runtime(servi
 def test_what_cannot_be_asked_is_told(service: Service, asked: Asked) -> None:
     with pytest.raises(InputError):
         service.submit(["w5"], asked)
-
-
-def test_fields_of_a_protocol_become_what_is_asked() -> None:
-    assert asked_from({"ratio": "4", "slo_ms": "20.5"}) == Asked("4", 20.5)
-    assert asked_from({"min_ratio": 2}, Asked(slo_ms=7.0)) == Asked(slo_ms=7.0, min_ratio=2)
-    for fields in ({"slo_ms": "soon"}, {"min_quality": [1]}):
-        with pytest.raises(InputError, match="a number"):
-            asked_from(fields)
 
 
 def test_a_bundle_is_replaced_under_load_without_losing_a_request(copy: Path, shared_bundle: object) -> None:

@@ -208,7 +208,7 @@ def check_in_pieces(
 ) -> tuple[float, list[dict[str, int]]]:
     """The gate's verdict on a graph that is run layer by layer: its largest error; and FLOPs of what is counted."""
     gc.collect()
-    feeds, beside = [*(case.feed for case in cases), *counted], graph.parent.parent  # what is written lies in `result`
-    outputs, flops = run_in_pieces(graph, precision, feeds, len(counted), on_piece, beside)
-    answers = {id(case.feed): found for case, found in zip(cases, outputs, strict=False)}
+    beside = graph.parent.parent  # what is written lies in `result`
+    outputs, flops = run_in_pieces(graph, precision, [case.feed for case in cases], counted, on_piece, beside)
+    answers = {id(case.feed): found for case, found in zip(cases, outputs, strict=True)}
     return compare(graph.name, precision, cases, ratio, lambda feed: answers[id(feed)]), flops

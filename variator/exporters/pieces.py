@@ -29,7 +29,7 @@ def run_in_pieces(
     graph: Path,
     precision: str,
     feeds: Sequence[Feed],
-    counted: int = 0,
+    counted: Sequence[Feed] = (),
     on_piece: Callable[[int, int], None] = lambda done, of: None,
     scratch: Path | None = None,
 ) -> tuple[list[dict[str, Array]], list[dict[str, int]]]:
@@ -37,19 +37,20 @@ def run_in_pieces(
 
     Args:
         precision: That it is written in; bf16 is computed in fp32 and rounded, as `precision.widened` says.
-        counted: How many of the last feeds are there for their FLOPs alone.
+        counted: Inputs that are run for their FLOPs alone.
         on_piece: Told how many pieces are done, and of how many.
         scratch: Where a piece lies while it runs, a layer in fp32 large.
 
     Returns:
-        The outputs of each feed, and the FLOPs of each of the last `counted`, by part and in total.
+        The outputs of each feed, and the FLOPs of each of `counted`, by part and in total.
     """
     model = ir.load(graph)
     if precision == "bf16":
         widened(model)
     outputs = [str(value.name) for value in model.graph.outputs]
     states: list[Values] = [dict(feed) for feed in feeds]
-    flops: list[dict[str, int]] = [{} for _ in range(counted)]
+    beside: list[Values] = [dict(feed) for feed in counted]
+    flops: list[dict[str, int]] = [{} for _ in counted]
     pieces = split(model)
     total = len(pieces)
     for done in range(total):
@@ -58,14 +59,20 @@ def run_in_pieces(
             path = Path(place) / "piece.onnx"
             ir.save(piece, path, external_data=WEIGHTS)
             names = [str(value.name) for value in piece.graph.inputs]
-            for found, state in zip(flops, states[len(states) - counted :], strict=True):
+            for found, state in zip(flops, beside, strict=True):
                 for part, value in counted_flops(path, {name: state[name] for name in names}).items():
                     found[part] = found.get(part, 0) + value
+            later = {str(value.name) for other in pieces for value in other.graph.inputs}
+            if not later:  # let go of what was only counted before the last piece puts every layer's outputs together
+                for state in beside:
+                    state.clear()
+                beside = []
+                machine.release_memory()
             run = _session(path)
-            later = {*outputs, *(str(value.name) for other in pieces for value in other.graph.inputs)}
-            for index, state in enumerate(states):
+            for state, kept in [(one, later) for one in beside] + [(one, later.union(outputs)) for one in states]:
                 state |= run({name: state[name] for name in names})
-                states[index] = {name: values for name, values in state.items() if name in later}
+                for name in state.keys() - kept:
+                    del state[name]
             del run
             machine.release_memory()
         on_piece(done + 1, total)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from variator.errors import InputError
-from variator.serving.service import Asked
+from variator.serving.asked import Asked
 
 Ids = list[Annotated[int, Field(strict=True)]]
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]

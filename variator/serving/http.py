@@ -23,9 +23,10 @@ from starlette.exceptions import HTTPException
 from variator.engines.metrics import PrometheusObserver
 from variator.engines.runtime import Result
 from variator.errors import BundleError, DeadlineExceeded, EngineError, InputError, Overloaded, VariatorError
-from variator.serving.bodies import Embed, OpenAIEmbeddings, Predict, Rerank
+from variator.serving.asked import Asked, asked_from
+from variator.serving.bodies import Body, Embed, OpenAIEmbeddings, Predict, Rerank
 from variator.serving.guard import Guard
-from variator.serving.service import Asked, Service, asked_from
+from variator.serving.service import Service
 
 PAGE = Path(__file__).with_name("status.html")
 HEADER = "x-variator-"
@@ -277,7 +278,8 @@ def _headers(request: Request) -> Asked:
 
 @functools.lru_cache(maxsize=256)
 def _asked(given: tuple[tuple[str, str], ...]) -> Asked:
-    return asked_from({name.removeprefix(HEADER).replace("-", "_"): value for name, value in given})
+    named = {name.removeprefix(HEADER).replace("-", "_"): value for name, value in given}
+    return asked_from({name: value for name, value in named.items() if name in Body.model_fields})
 
 
 def _need(service: Service, result: Result, output: str) -> Any:

@@ -26,10 +26,11 @@ from variator.engines.metrics import NONE, SECONDS, TOKENS
 from variator.engines.runtime import Result
 from variator.engines.scheduler import Batch
 from variator.errors import EngineError, InputError
+from variator.serving.asked import FIELDS, asked_from
 from variator.serving.http import HEADER, HttpSettings, create_app
 from variator.serving.process import TOKEN, ServerSettings
 from variator.serving.scaling import WINDOW_S, Replicas, Scaling, State, Told, decide
-from variator.serving.service import Service, asked_from
+from variator.serving.service import Service
 from variator.toolkit.plugin_format import Key, parse_key
 from variator.toolkit.rows import Input
 
@@ -137,16 +138,15 @@ class Replica:
         app.add_middleware(Named, name=self.context.replica_tag)
         return app
 
-    async def infer(self, inputs: Sequence[Input], truncate: bool = False, **asked: Any) -> Result:
+    async def infer(self, inputs: Sequence[Input], **asked: Any) -> Result:
         """`Server.submit`, for callers with a handle.
 
         Args:
-            asked: `ratio`, `slo_ms`, `min_ratio`, `max_ratio`, `min_quality`.
+            asked: Fields of `Asked`.
         """
-        known = {"ratio", "slo_ms", "min_ratio", "max_ratio", "min_quality"}
-        if unknown := sorted(set(asked) - known):
-            raise InputError(f"no option {unknown[0]!r}", valid=", ".join(sorted(known)))
-        options = asked_from({**asked, "truncate": truncate})
+        if unknown := sorted(set(asked).difference(FIELDS)):
+            raise InputError(f"no option {unknown[0]!r}", valid=", ".join(FIELDS))
+        options = asked_from(asked)
         waiting = asyncio.wrap_future(await asyncio.to_thread(self.service.submit, inputs, options))
         try:
             return await waiting

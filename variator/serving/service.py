@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from variator.engines.runtime import AUTO, Result, Runtime
 from variator.engines.scheduler import Batch
 from variator.engines.serving import Observer, Server, ServeSettings, wall_clock
 from variator.errors import EngineError, InputError
-from variator.toolkit.plugin_format import Key, parse_key
+from variator.serving.asked import Asked
+from variator.toolkit.plugin_format import Key
 from variator.toolkit.rows import Input
 
 if TYPE_CHECKING:
@@ -48,40 +49,6 @@ class OpenSettings:
     policy: str = "drain"
     serve: ServeSettings = field(default_factory=ServeSettings)
     verify: bool = True
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a request wants beside its answer, as text fields of a protocol give it.
-
-    Args:
-        ratio: A ratio or a setting's name; `auto` follows the load.
-        slo_ms, min_ratio, max_ratio, min_quality, truncate: As for `Server.submit`.
-    """
-
-    ratio: str | int = AUTO
-    slo_ms: float | None = None
-    min_ratio: str | int | None = None
-    max_ratio: str | int | None = None
-    min_quality: float | None = None
-    truncate: bool = False
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `Server.submit`.
-
-        Raises:
-            InputError: For a ratio that is none, or bounds beside a fixed one.
-        """
-        bounds: dict[str, Any] = {"slo_ms": self.slo_ms, "truncate": self.truncate, "min_quality": self.min_quality}
-        given = {"min_ratio": self.min_ratio, "max_ratio": self.max_ratio}
-        keys: dict[str, Key | None] = {name: None if one is None else parse_key(one) for name, one in given.items()}
-        if self.ratio != AUTO:
-            fixed = parse_key(self.ratio)
-            named = [name for name, one in {**keys, "min_quality": self.min_quality}.items() if one is not None]
-            if named:
-                raise InputError(f"{named[0]} with ratio {self.ratio!r}", valid=f"{named[0]} with ratio {AUTO!r}")
-            keys = {"min_ratio": fixed, "max_ratio": fixed}
-        return bounds | keys
 
 
 @dataclass
@@ -145,8 +112,12 @@ class History:
             return [asdict(one) | {"ago_s": round(now - one.at_s, 1)} for one in self._moments]
 
 
-class _Generation:
-    """One opened bundle with its queue, warm."""
+class Opened:
+    """One opened bundle with its queue, warm.
+
+    Raises:
+        BundleError, EngineError, InputError: If it cannot be served.
+    """
 
     def __init__(self, bundle: Path, settings: OpenSettings, observers: Sequence[Observer]) -> None:
         self.runtime = Runtime.open(bundle, settings.engine, settings.precision, settings.threads)
@@ -194,8 +165,8 @@ class Service:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _open(self) -> _Generation:
-        return _Generation(self.path, self.settings, self._observers)
+    def _open(self) -> Opened:
+        return Opened(self.path, self.settings, self._observers)
 
     @property
     def manifest(self) -> Manifest:
@@ -278,20 +249,3 @@ class Service:
             "reloads": self.reloads,
             "moments": self.history.moments(),
         }
-
-
-def asked_from(fields: Mapping[str, Any], defaults: Asked | None = None) -> Asked:
-    """What text fields (headers, parameters) ask for; fields that are missing are left as they are.
-
-    Raises:
-        InputError: For a value of the wrong kind.
-    """
-    found: dict[str, Any] = {}
-    for name in ("slo_ms", "min_quality"):
-        if fields.get(name) is not None:
-            try:
-                found[name] = float(fields[name])
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{name} is {fields[name]!r}", valid="a number") from error
-    found |= {name: fields[name] for name in ("ratio", "min_ratio", "max_ratio") if fields.get(name) is not None}
-    return replace(defaults or Asked(), **found)

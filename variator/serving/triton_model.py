@@ -20,18 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from variator.engines.policies import policy_named
 from variator.engines.reader import Reader, padded_length
-from variator.engines.runtime import AUTO, Result, Runtime
+from variator.engines.runtime import Result
 from variator.engines.serving import ServeSettings
 from variator.errors import EngineError, VariatorError
+from variator.serving.service import Opened, OpenSettings
 from variator.serving.triton_metrics import TritonMetrics
 from variator.serving.triton_request import (
     INPUTS,
     PAIR,
     RATIO,
     TEXT,
-    Asked,
     error_code,
     read_inputs,
     read_parameters,
@@ -55,20 +54,17 @@ class VariatorModel:
         """
         self._backend = _backend()
         settings = _parameters(args)
-        place = _place(args)
         self._ratio = parse_key(settings["ratio"])
         self._patience_ms = float(settings["patience_ms"])
-        self._runtime = Runtime.open(place, settings["engine"], settings["precision"], int(settings["threads"]))
+        self._metrics = TritonMetrics(self._backend, {"model": args["model_name"], "version": args["model_version"]})
+        serving = ServeSettings(float(settings["slo_ms"]), int(settings["max_queue"]), int(settings["max_rows"]))
+        how = OpenSettings(
+            settings["engine"], settings["precision"], int(settings["threads"]), settings["policy"], serving
+        )
         try:
-            labels = {"model": args["model_name"], "version": args["model_version"]}
-            self._metrics = TritonMetrics(self._backend, labels)
-            policy = policy_named(settings["policy"], self._runtime.bundle.ratios)
-            serving = ServeSettings(
-                float(settings["slo_ms"]), int(settings["max_queue"]), int(settings["max_rows"]), policy
-            )
-            self._server = self._runtime.serve(serving, [self._metrics])
-        except Exception:
-            self._runtime.close()
+            self._opened = Opened(_place(args), how, [self._metrics])
+        except BaseException:
+            self._metrics.close()
             raise
         self._answers: SimpleQueue[tuple[Any, Future[Result]] | None] = SimpleQueue()
         self._answering = Thread(target=self._answer_all, name="variator-answers", daemon=True)
@@ -90,24 +86,15 @@ class VariatorModel:
 
     def finalize(self) -> None:
         """Answer what waits and give everything back."""
-        self._runtime.close()
+        self._opened.runtime.close()
         self._answers.put(None)
         self._answering.join()
         self._metrics.close()
 
     def _submit(self, request: Any) -> Future[Result]:
-        asked = read_parameters(request.parameters(), request.timeout(), self._ratio, self._server.ratios)
+        asked = read_parameters(request.parameters(), request.timeout(), self._ratio, self._patience_ms)
         inputs = read_inputs(_tensors(self._backend, request, INPUTS))
-        return self._server.submit(inputs, slo_ms=self._slo_ms(asked), truncate=asked.truncate, **self._bounds(asked))
-
-    def _slo_ms(self, asked: Asked) -> float | None:
-        """Who fixes the ratio and names no time wants an answer, not a fast one."""
-        return self._patience_ms if asked.slo_ms is None and asked.ratio != AUTO else asked.slo_ms
-
-    def _bounds(self, asked: Asked) -> dict[str, Any]:
-        if asked.ratio == AUTO:
-            return dict(asked.bounds)
-        return {"min_ratio": asked.ratio, "max_ratio": asked.ratio}
+        return self._opened.server.submit(inputs, **asked.options())
 
     def _answer_all(self) -> None:
         """Beside the worker, which computes the next batch meanwhile."""
@@ -153,7 +140,7 @@ class TokensModel:
 
     def _one(self, request: Any) -> Any:
         try:
-            asked = read_parameters(request.parameters(), 0, AUTO, [])
+            asked = read_parameters(request.parameters())
             rows = self._reader.tokenise(read_inputs(_tensors(self._backend, request, (TEXT, PAIR))), asked.truncate)
             feed = self._reader.feed(rows, padded_length(max(len(row.ids) for row in rows), self._limit))
         except Exception as error:  # noqa: BLE001 - one request's trouble is its own answer

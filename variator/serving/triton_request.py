@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,32 +15,17 @@ import numpy.typing as npt
 
 from variator.engines.runtime import AUTO
 from variator.errors import DeadlineExceeded, InputError, Overloaded, VariatorError
-from variator.toolkit.plugin_format import Key, parse_key
+from variator.serving.asked import FIELDS, Asked, asked_from
+from variator.toolkit.plugin_format import Key
 from variator.toolkit.rows import Input, Row
 
 TEXT, PAIR = "text", "text_pair"
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 INPUTS = (TEXT, PAIR, IDS, MASK, TYPES)
 RATIO = "ratio"
-"""The output that says which ratio served a row, and the parameter that asks for one."""
+"""The output that says which ratio served a row."""
 
-PARAMETERS = (RATIO, "slo_ms", "min_ratio", "max_ratio", "min_quality", "truncate")
 Tensors = Mapping[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a request's parameters ask for.
-
-    Args:
-        slo_ms: None where neither a parameter nor Triton's own timeout says one.
-        bounds: `min_ratio`, `max_ratio`, `min_quality`, as `Server.submit` takes them.
-    """
-
-    ratio: Key
-    slo_ms: float | None
-    truncate: bool
-    bounds: Mapping[str, Any]
 
 
 def error_code(error: VariatorError) -> str:
@@ -50,60 +35,24 @@ def error_code(error: VariatorError) -> str:
     return "UNAVAILABLE" if isinstance(error, DeadlineExceeded | Overloaded) else "INTERNAL"
 
 
-def read_parameters(text: str, timeout_us: int, default_ratio: Key, ratios: Sequence[Key]) -> Asked:
+def read_parameters(text: str, timeout_us: int = 0, ratio: Key = AUTO, patience_ms: float | None = None) -> Asked:
     """Read a request's parameters.
 
     Args:
         text: JSON, as Triton gives it.
         timeout_us: Triton's own `timeout` of the request, µs; 0 for none.
-        ratios: That are served.
+        ratio: Of a request that names none.
+        patience_ms: Of a request with a fixed ratio that names no time: it wants an answer, not a fast one.
 
     Raises:
         InputError: For a parameter that there is not, or a value that it cannot have.
     """
     given: dict[str, Any] = json.loads(text) if text else {}
-    unknown = [name for name in given if name not in PARAMETERS]
+    unknown = [name for name in given if name not in FIELDS]
     if unknown:
-        raise InputError(f"no parameter {unknown[0]!r}", valid=", ".join(PARAMETERS))
-    ratio = _ratio(given.get(RATIO, default_ratio), RATIO, [AUTO, *ratios])
-    bounds: dict[str, Any] = {}
-    for name in ("min_ratio", "max_ratio"):
-        if name in given:
-            bounds[name] = _ratio(given[name], name, ratios)
-    if "min_quality" in given:
-        bounds["min_quality"] = _number(given["min_quality"], "min_quality")
-    if bounds and ratio != AUTO:
-        raise InputError(f"{next(iter(bounds))} with ratio {ratio!r}", valid=f"it with ratio {AUTO!r}")
-    slo_ms = _number(given["slo_ms"], "slo_ms") if "slo_ms" in given else timeout_us / 1e3 or None
-    return Asked(ratio, slo_ms, _flag(given.get("truncate", False)), bounds)
-
-
-def _ratio(value: Any, what: str, ratios: Sequence[Key]) -> Key:
-    valid = ", ".join(map(str, ratios))
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            key = parse_key(value)
-        except InputError:
-            key = ""
-        if key in ratios:
-            return key
-    raise InputError(f"{what} {value!r}", valid=valid)
-
-
-def _number(value: Any, what: str) -> float:
-    """Protocols differ in which numbers they can send; as text all of them can."""
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{what} is {value!r}", valid="a number, or one as text") from None
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InputError(f"truncate is {value!r}", valid="true or false")
-    return value
+        raise InputError(f"no parameter {unknown[0]!r}", valid=", ".join(FIELDS))
+    asked = asked_from(given, Asked(ratio, timeout_us / 1e3 or None))
+    return replace(asked, slo_ms=patience_ms) if asked.slo_ms is None and asked.ratio != AUTO else asked
 
 
 def read_inputs(tensors: Tensors) -> list[Input]:
