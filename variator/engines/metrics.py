@@ -6,7 +6,9 @@ Both are observers (`engines.serving.Observer`): `runtime.serve(observers=[Prome
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from variator.engines.scheduler import Batch
@@ -22,8 +24,77 @@ NONE = "none"
 """The ratio of a request that none answered."""
 
 
-class PrometheusObserver:
-    """Requests by ratio and outcome, latency, queue age, tokens of batches and how many were padding, the ratio now.
+@dataclass(frozen=True)
+class Metric:
+    """What is told under a name.
+
+    Args:
+        kind: `counter`, `histogram` or `gauge`.
+        text: What it is.
+        labels: That every value has.
+        bounds: Of a histogram.
+    """
+
+    kind: str
+    text: str
+    labels: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
+
+
+METRICS = {
+    "variator_requests": Metric("counter", "Requests that have ended.", ("outcome", "ratio")),
+    "variator_request_seconds": Metric("histogram", "From arrival to answer.", ("ratio",), SECONDS),
+    "variator_queue_seconds": Metric("histogram", "From arrival to run.", (), SECONDS),
+    "variator_compute_seconds": Metric("histogram", "A batch in the engine.", ("ratio",), SECONDS),
+    "variator_batch_tokens": Metric("histogram", "Tokens of a batch's rows.", (), TOKENS),
+    "variator_padding_tokens": Metric("counter", "Tokens computed for nothing."),
+    "variator_queue_requests": Metric("gauge", "Requests that wait."),
+    "variator_last_batch_ratio": Metric("gauge", "1 for the ratio of the last batch.", ("ratio",)),
+}
+
+
+VERBS = {"counter": "inc", "histogram": "observe", "gauge": "set"}
+"""Methods of both libraries' metrics."""
+
+
+class MetricsObserver(ABC):
+    """Tells `METRICS`: requests by ratio and outcome, latency, queue age, batches and their padding, the ratio now."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    @abstractmethod
+    def tell(self, name: str, value: float, **labels: str) -> None:
+        """Add to a counter, put into a histogram, set a gauge."""
+
+    def batch(self, batch: Batch, queue_ms: Sequence[float], compute_ms: float, tokens: int, padded: int) -> None:
+        """See `Observer.batch`."""
+        ratio = str(batch.ratio)
+        for waited in queue_ms:
+            self.tell("variator_queue_seconds", max(0.0, waited) / 1e3)
+        self.tell("variator_compute_seconds", compute_ms / 1e3, ratio=ratio)
+        self.tell("variator_batch_tokens", tokens)
+        self.tell("variator_padding_tokens", padded - tokens)
+        if ratio != self._last:
+            if self._last:
+                self.tell("variator_last_batch_ratio", 0, ratio=self._last)
+            self.tell("variator_last_batch_ratio", 1, ratio=ratio)
+            self._last = ratio
+
+    def outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
+        """See `Observer.outcome`."""
+        name = NONE if ratio is None else str(ratio)
+        self.tell("variator_requests", 1, outcome=outcome, ratio=name)
+        if ratio is not None:
+            self.tell("variator_request_seconds", max(0.0, latency_ms) / 1e3, ratio=name)
+
+    def queue(self, requests: int) -> None:
+        """See `Observer.queue`."""
+        self.tell("variator_queue_requests", requests)
+
+
+class PrometheusObserver(MetricsObserver):
+    """Tells Prometheus.
 
     Args:
         registry: That the metrics are registered with; None is the library's own.
@@ -32,47 +103,20 @@ class PrometheusObserver:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-        where: Any = registry if registry is not None else REGISTRY
-        self._requests = Counter("variator_requests", "Requests that have ended.", ["outcome", "ratio"], registry=where)
-        self._latency = Histogram(
-            "variator_request_seconds", "From arrival to answer.", ["ratio"], buckets=SECONDS, registry=where
-        )
-        self._waited = Histogram("variator_queue_seconds", "From arrival to run.", buckets=SECONDS, registry=where)
-        self._computed = Histogram(
-            "variator_compute_seconds", "A batch in the engine.", ["ratio"], buckets=SECONDS, registry=where
-        )
-        self._tokens = Histogram("variator_batch_tokens", "Tokens of a batch's rows.", buckets=TOKENS, registry=where)
-        self._padding = Counter("variator_padding_tokens", "Tokens computed for nothing.", registry=where)
-        self._queue = Gauge("variator_queue_requests", "Requests that wait.", registry=where)
-        self._ratio = Gauge(
-            "variator_last_batch_ratio", "1 for the ratio of the last batch.", ["ratio"], registry=where
-        )
-        self._last = ""
+        super().__init__()
+        where = registry if registry is not None else REGISTRY
+        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        for name, metric in METRICS.items():
+            if metric.kind == "histogram":
+                self._metrics[name] = Histogram(name, metric.text, metric.labels, buckets=metric.bounds, registry=where)
+            else:
+                kind = Counter if metric.kind == "counter" else Gauge
+                self._metrics[name] = kind(name, metric.text, metric.labels, registry=where)
 
-    def batch(self, batch: Batch, queue_ms: Sequence[float], compute_ms: float, tokens: int, padded: int) -> None:
-        """See `Observer.batch`."""
-        ratio = str(batch.ratio)
-        for waited in queue_ms:
-            self._waited.observe(max(0.0, waited) / 1e3)
-        self._computed.labels(ratio).observe(compute_ms / 1e3)
-        self._tokens.observe(tokens)
-        self._padding.inc(padded - tokens)
-        if ratio != self._last:
-            if self._last:
-                self._ratio.labels(self._last).set(0)
-            self._ratio.labels(ratio).set(1)
-            self._last = ratio
-
-    def outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
-        """See `Observer.outcome`."""
-        name = NONE if ratio is None else str(ratio)
-        self._requests.labels(outcome, name).inc()
-        if ratio is not None:
-            self._latency.labels(name).observe(max(0.0, latency_ms) / 1e3)
-
-    def queue(self, requests: int) -> None:
-        """See `Observer.queue`."""
-        self._queue.set(requests)
+    def tell(self, name: str, value: float, **labels: str) -> None:
+        """See `MetricsObserver.tell`."""
+        metric = self._metrics[name]
+        getattr(metric.labels(**labels) if labels else metric, VERBS[METRICS[name].kind])(value)
 
 
 class SpanObserver:

@@ -27,6 +27,7 @@ from variator.serving.asked import Asked, asked_from
 from variator.serving.bodies import Body, Embed, OpenAIEmbeddings, Predict, Rerank
 from variator.serving.guard import Guard
 from variator.serving.service import Service
+from variator.tasks.score import cosines
 
 PAGE = Path(__file__).with_name("status.html")
 HEADER = "x-variator-"
@@ -157,11 +158,7 @@ def _endpoints(app: FastAPI, service: Service, settings: HttpSettings) -> None:
         if service.manifest.task == "embed":
             result = await run(request, [body.query, *body.texts], asked)
             values = _need(service, result, "embedding")
-            scores = (
-                values[1:]
-                @ values[0]
-                / np.maximum(np.linalg.norm(values[1:], axis=1) * np.linalg.norm(values[0]), 1e-12)
-            )
+            scores = cosines(values[1:], values[:1])
         else:
             result = await run(request, [(body.query, text) for text in body.texts], asked)
             logits = _need(service, result, "logits")

@@ -22,9 +22,8 @@ from ray.serve import metrics
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from variator import machine
-from variator.engines.metrics import NONE, SECONDS, TOKENS
+from variator.engines.metrics import METRICS, VERBS, MetricsObserver
 from variator.engines.runtime import Result
-from variator.engines.scheduler import Batch
 from variator.errors import EngineError, InputError
 from variator.serving.asked import FIELDS, asked_from
 from variator.serving.http import HEADER, HttpSettings, create_app
@@ -243,53 +242,23 @@ class Scaler:
         return wanted, asdict(state)
 
 
-class RayObserver:
-    """What `PrometheusObserver` counts, through Ray, which adds the replica's name and exports it from every node."""
+class RayObserver(MetricsObserver):
+    """Tells Ray, which adds the replica's name and exports it from every node."""
 
     def __init__(self) -> None:
-        self._requests = metrics.Counter(
-            "variator_requests", description="Requests that have ended.", tag_keys=("outcome", "ratio")
-        )
-        self._latency = metrics.Histogram(
-            "variator_request_seconds",
-            description="From arrival to answer.",
-            boundaries=list(SECONDS),
-            tag_keys=("ratio",),
-        )
-        self._waited = metrics.Histogram(
-            "variator_queue_seconds", description="From arrival to run.", boundaries=list(SECONDS)
-        )
-        self._computed = metrics.Histogram(
-            "variator_compute_seconds",
-            description="A batch in the engine.",
-            boundaries=list(SECONDS),
-            tag_keys=("ratio",),
-        )
-        self._tokens = metrics.Histogram(
-            "variator_batch_tokens", description="Tokens of a batch's rows.", boundaries=list(TOKENS)
-        )
-        self._padding = metrics.Counter("variator_padding_tokens", description="Tokens computed for nothing.")
-        self._queue = metrics.Gauge("variator_queue_requests", description="Requests that wait.")
+        super().__init__()
+        self._metrics: dict[str, Any] = {}
+        for name, metric in METRICS.items():
+            if metric.kind == "histogram":
+                self._metrics[name] = metrics.Histogram(name, metric.text, list(metric.bounds), metric.labels)
+            else:
+                kind = metrics.Counter if metric.kind == "counter" else metrics.Gauge
+                self._metrics[name] = kind(name, metric.text, metric.labels)
 
-    def batch(self, batch: Batch, queue_ms: Sequence[float], compute_ms: float, tokens: int, padded: int) -> None:
-        """See `Observer.batch`."""
-        for waited in queue_ms:
-            self._waited.observe(max(0.0, waited) / 1e3)
-        self._computed.observe(compute_ms / 1e3, tags={"ratio": str(batch.ratio)})
-        self._tokens.observe(tokens)
-        if padded > tokens:  # Ray's counters refuse 0
-            self._padding.inc(padded - tokens)
-
-    def outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
-        """See `Observer.outcome`."""
-        name = NONE if ratio is None else str(ratio)
-        self._requests.inc(tags={"outcome": outcome, "ratio": name})
-        if ratio is not None:
-            self._latency.observe(max(0.0, latency_ms) / 1e3, tags={"ratio": name})
-
-    def queue(self, requests: int) -> None:
-        """See `Observer.queue`."""
-        self._queue.set(requests)
+    def tell(self, name: str, value: float, **labels: str) -> None:
+        """See `MetricsObserver.tell`."""
+        if value or METRICS[name].kind != "counter":  # Ray's counters refuse 0
+            getattr(self._metrics[name], VERBS[METRICS[name].kind])(value, tags=labels)
 
 
 class Named:

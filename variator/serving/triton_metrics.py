@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from threading import Event, Lock, Thread
 from typing import Any
 
+from variator.engines.metrics import NONE
 from variator.engines.scheduler import Batch
 from variator.toolkit.plugin_format import Key
 
 EVERY_S = 1.0
-NONE = "none"
-"""The ratio of a request that none answered."""
-
 COUNTERS = {
     "variator_requests": "Requests that have ended, by outcome and ratio.",
     "variator_batches": "Batches that have run, by ratio.",
