@@ -4,7 +4,8 @@
 
 - *throughput*: requests of 8 texts each at ratio 1 by several clients that always wait for their answer, over HTTP and
   in process through the same queue; in turn, medians. The clients of HTTP are a process of their own on the same cores.
-- *soak*: twice the rate that was reached in process, for SECONDS; every answer has to be 200, or 429 with Retry-After.
+- *soak*: twice what the server can answer at its highest ratio, for SECONDS, with an objective; every answer has to be
+  200, or 429 with Retry-After.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
+import random
 import re
 import signal
 import statistics
@@ -33,6 +36,7 @@ SCHEMA = "variator.serve/1"
 ROWS, CLIENTS, ROUND_S = 8, 8, 4.0
 TEXT = "the boat came in late again and nobody on the pier had seen the light that evening because of the rain "
 SLO_MS = 20_000.0
+SOAK_SLO_MS, SOAK_CALIBRATION_S = 500.0, 8.0
 HEAD = b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
 
 
@@ -63,12 +67,18 @@ def in_process(service: Service, seconds: float) -> float:
 
 
 async def _client(
-    port: int, end: float, client: int, counts: Counter[str], pause_s: float, body: dict[str, Any]
+    port: int, end: float, client: int, counts: Counter[str], every_s: float, body: dict[str, Any]
 ) -> None:
-    """One connection: requests written by hand, so that the clients cost little."""
+    """One connection: requests written by hand, so that the clients cost little.
+
+    A request is due every so often, however long the answers take; one that is overdue is sent at once.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    index = 0
-    while time.perf_counter() < end:
+    index, due = 0, time.perf_counter() + every_s * random.random()
+    while (now := time.perf_counter()) < end:
+        if due > now:
+            await asyncio.sleep(due - now)
+        due += every_s
         content = json.dumps({"inputs": texts(client + index), **body}).encode()
         writer.write(HEAD + f"{len(content)}\r\n\r\n".encode() + content)
         answer = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -76,8 +86,6 @@ async def _client(
         rest = await reader.readexactly(int(length[1])) if length else b""
         counts[_kind(answer, rest)] += 1
         index += 1
-        if pause_s:
-            await asyncio.sleep(pause_s)
     writer.close()
 
 
@@ -89,18 +97,18 @@ def _kind(head: bytes, body: bytes) -> str:
     return status if status != "200" or (body[:2] == b"[[" and b"x-variator-ratio: " in head) else "200, malformed"
 
 
-async def clients(port: int, seconds: float, count: int, pause_s: float, body: dict[str, Any]) -> dict[str, int]:
+async def clients(port: int, seconds: float, count: int, every_s: float, body: dict[str, Any]) -> dict[str, int]:
     """Answers by kind."""
     counts: Counter[str] = Counter()
     end = time.perf_counter() + seconds
     done = await asyncio.gather(
-        *(_client(port, end, client, counts, pause_s, body) for client in range(count)), return_exceptions=True
+        *(_client(port, end, client, counts, every_s, body) for client in range(count)), return_exceptions=True
     )
     counts["broken connections"] += sum(isinstance(one, BaseException) for one in done)
     return dict(counts)
 
 
-def over_http(port: int, seconds: float, count: int = CLIENTS, pause_s: float = 0.0, **body: Any) -> dict[str, int]:
+def over_http(port: int, seconds: float, count: int = CLIENTS, every_s: float = 0.0, **body: Any) -> dict[str, int]:
     """Answers by kind, of clients in a process of their own."""
     command = [
         sys.executable,
@@ -110,7 +118,7 @@ def over_http(port: int, seconds: float, count: int = CLIENTS, pause_s: float = 
         str(port),
         str(seconds),
         str(count),
-        str(pause_s),
+        str(every_s),
     ]
     done = subprocess.run([*command, json.dumps(body)], capture_output=True, text=True, check=True)
     found: dict[str, int] = json.loads(done.stdout)
@@ -147,12 +155,16 @@ def measure(bundle: str, engine: str, precision: str, rounds: int, soak_s: float
             "shares": [round(out / ins, 4) for out, ins in zip(outside, inside, strict=True)],
         }  # fmt: skip
         if soak_s:
-            count = 64
-            pause = count / (2 * rate)
+            capacity = over_http(port, SOAK_CALIBRATION_S, 4 * CLIENTS, ratio=info["ratios"][-1])["200"]
+            capacity /= SOAK_CALIBRATION_S
+            count = math.ceil(
+                2 * capacity * 2 * SOAK_SLO_MS / 1e3
+            )  # each can wait twice the objective and keep its pace
             before = _rss(server.pid)
-            answers = over_http(port, soak_s, count, pause, slo_ms=500)
+            answers = over_http(port, soak_s, count, count / (2 * capacity), slo_ms=SOAK_SLO_MS)
             record["soak"] = {
-                "seconds": soak_s, "connections": count, "asked_per_s": sum(answers.values()) / soak_s,
+                "seconds": soak_s, "connections": count, "capacity_per_s": capacity,
+                "asked_per_s": sum(answers.values()) / soak_s, "slo_ms": SOAK_SLO_MS,
                 "answers": answers, "memory_bytes": [before, _rss(server.pid)],
             }  # fmt: skip
         return record
@@ -169,8 +181,8 @@ def _rss(parent: int) -> int:
 def main() -> None:
     """See the module."""
     if sys.argv[1:2] == ["--clients"]:
-        port, seconds, count, pause, body = sys.argv[2:]
-        print(json.dumps(asyncio.run(clients(int(port), float(seconds), int(count), float(pause), json.loads(body)))))
+        port, seconds, count, every, body = sys.argv[2:]
+        print(json.dumps(asyncio.run(clients(int(port), float(seconds), int(count), float(every), json.loads(body)))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
