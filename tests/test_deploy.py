@@ -15,7 +15,7 @@ from typer.main import get_command
 from tools import policies
 from variator.cli import app
 from variator.engines.metrics import PrometheusObserver
-from variator.serving.process import IDLE_S
+from variator.serving.process import GRACE_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ def test_probes_ask_for_health_where_the_server_listens(pod: dict[str, Any]) -> 
     assert readiness["failureThreshold"] * readiness["periodSeconds"] < drain_s, "it turns away while it drains"
     assert liveness["failureThreshold"] * liveness["periodSeconds"] > drain_s, "it is not killed while it drains"
     asleep, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
-    assert asleep == "sleep" and pod["terminationGracePeriodSeconds"] >= int(seconds) + drain_s + IDLE_S
+    assert asleep == "sleep" and pod["terminationGracePeriodSeconds"] >= int(seconds) + drain_s + GRACE_S
 
 
 def test_everything_points_at_the_same_pods(kubernetes: dict[str, dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ def in_process(service: Service, seconds: float) -> float:
 
     def ask(client: int) -> None:
         while time.perf_counter() < end:
-            service.submit(texts(client + counts[client]), Asked(1, SLO_MS)).result()
+            service.submit(texts(client + counts[client]), Asked(1, SLO_MS)).future.result()
             counts[client] += 1
 
     started = time.perf_counter()

@@ -297,6 +297,25 @@ def test_versions_follow_what_is_served(copied: Path, tmp_path: Path) -> None:
     assert [path.name for path in output.parent.iterdir() if path.name.startswith(".models")] == []
 
 
+def test_writing_a_version_again_keeps_the_one_before_and_mends_a_damaged_one(copied: Path, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    first = triton(copied, output)
+    table = next(copied.glob(f"engines/onnxruntime-*/{LATENCY_FILE}"))
+    told = {**json.loads(table.read_text()), "date": "later"}
+    table.unlink()
+    table.write_text(json.dumps(told))
+    second = triton(copied, output)
+    place = output / RUNTIME / str(second.version)
+    whole = {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    (place / "bundle" / "ratio-4.onnx").unlink()  # as a kill leaves it
+    (place / "bundle" / "ratio-2.onnx").unlink()
+    (place / "bundle" / "ratio-2.onnx").write_bytes(b"x")
+    assert triton(copied, output, settings=TritonSettings(slo_ms=77)).version == second.version
+    assert {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()} == whole
+    kept = {path.name for path in (output / RUNTIME).iterdir() if path.is_dir() and not path.name.startswith("c")}
+    assert kept >= {str(first.version), str(second.version)} and not any(name.startswith(".") for name in kept)
+
+
 def test_a_write_that_fails_leaves_the_repository_as_it_was(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,7 +135,7 @@ class Server:
         self.scheduler = Scheduler(costs, settings.policy or Drain(), settings.slo_ms, settings.max_queue)
         self.settings, self.ratios, self.quality = settings, costs.ratios, dict(quality)
         self._runtime, self._clock, self._observers = runtime, clock, list(observers)
-        self._lock = Lock()
+        self._lock, self._telling = Lock(), Lock()
         self._work_is_there, self._something_runs = Condition(self._lock), Condition(self._lock)
         self._running: Batch | None = None
         self._running_since = 0.0
@@ -256,6 +256,7 @@ class Server:
         with self._lock:
             waited = self.scheduler.discard(request)
         if waited:
+            self._tell_waiting()
             self._tell_outcome("cancelled", None, self._clock() - request.arrival)
 
     def _work(self) -> None:
@@ -274,10 +275,9 @@ class Server:
                     hopeless = error.given_up
                     lost = [(request, error) for request in self.scheduler.drain()]
                 self._running, self._running_since = batch, math.inf
-                waiting = self.scheduler.requests
                 if batch is not None and self._watching_nothing:
                     self._something_runs.notify()
-            self._tell_waiting(waiting)
+            self._tell_waiting()
             for request in hopeless:
                 self._give_up(request)
             for request, why in lost:
@@ -422,6 +422,8 @@ class Server:
                     lost = [*running.requests, *self.scheduler.drain()]
                 else:
                     late = self.scheduler.overdue(now)
+            if late or lost:
+                self._tell_waiting()
             for request in late:
                 self._give_up(request)
             for request in lost:
@@ -438,8 +440,10 @@ class Server:
     def _tell_outcome(self, outcome: str, ratio: Key | None, latency_ms: float) -> None:
         self._tell(lambda observer: observer.outcome(outcome, ratio, latency_ms))
 
-    def _tell_waiting(self, requests: int) -> None:
-        self._tell(lambda observer: observer.queue(requests))
+    def _tell_waiting(self) -> None:
+        """How many wait now; the last who tells it tells the latest."""
+        with self._telling:
+            self._tell(lambda observer: observer.queue(self.scheduler.requests))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
         """Everybody who listens; one that raises is not told again, and serving goes on."""

@@ -7,6 +7,7 @@ a server that loads the model again goes over to it while the old one still answ
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -481,9 +482,11 @@ def _publish(new: Path, output: Path, version: int) -> None:
             if not target.exists():
                 model.rename(target)
                 continue
-            before = _served(target)
-            if not (target / str(version)).exists():
-                (model / str(version)).rename(target / str(version))
+            before, place = _served(target), target / str(version)
+            if place.exists() and not _alike(model / str(version), place):
+                _remove(place)
+            if not place.exists():
+                (model / str(version)).rename(place)
             for part in sorted(
                 path for path in model.rglob("*") if path.is_file() and path.parent.name != str(version)
             ):
@@ -493,7 +496,8 @@ def _publish(new: Path, output: Path, version: int) -> None:
             if not (model / CPU_CONFIG).exists():
                 (target / CPU_CONFIG).unlink(missing_ok=True)
             write_atomically(target / CONFIG, (model / CONFIG).read_bytes())
-            _forget(target, {version, before})
+            if before != version:  # else the one before is still the one to go back to
+                _forget(target, {version, before})
         shutil.rmtree(new, ignore_errors=True)
 
 
@@ -501,4 +505,20 @@ def _forget(model: Path, keep: set[int | None]) -> None:
     """Remove versions that are neither served nor were served last."""
     for path in model.iterdir():
         if path.is_dir() and path.name.isdecimal() and int(path.name) not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(version: Path) -> None:
+    """A version, which is never there in part."""
+    gone = version.with_name(f".{version.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    version.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _alike(one: Path, other: Path) -> bool:
+    """Whether a directory has the files of another, byte by byte."""
+    files, others = ({path.relative_to(place) for path in place.rglob("*") if path.is_file()} for place in (one, other))
+    return files <= others and all(
+        (one / name).samefile(other / name) or filecmp.cmp(one / name, other / name, shallow=False) for name in files
+    )

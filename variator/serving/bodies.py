@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from variator.errors import InputError
 from variator.serving.asked import Asked
 
-Ids = list[Annotated[int, Field(strict=True)]]
-Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+if TYPE_CHECKING:
+    from variator.toolkit.bundle import Manifest
+
+T = TypeVar("T")
+List = Annotated[list[T], Field(fail_fast=True)]
+"""One error is enough: a million of them would take the server's time."""
+
+Ids = List[Annotated[int, Field(strict=True)]]
 
 
 class Body(BaseModel):
@@ -34,7 +40,7 @@ class Body(BaseModel):
 class OpenAIEmbeddings(Body):
     """`POST /v1/embeddings`."""
 
-    input: str | list[str] | Ids | list[Ids]
+    input: str | List[str] | Ids | List[Ids]
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -47,7 +53,7 @@ class OpenAIEmbeddings(Body):
 class Embed(Body):
     """`POST /embed`."""
 
-    inputs: str | list[str] | Ids | list[Ids]
+    inputs: str | List[str] | Ids | List[Ids]
     normalize: bool = True
     truncate: bool = False
 
@@ -59,7 +65,7 @@ class Embed(Body):
 class Predict(Body):
     """`POST /predict`: a text, a pair, or a list of such, each in a list of its own."""
 
-    inputs: str | list[str] | list[list[str]]
+    inputs: str | List[str] | List[List[str]]
     raw_scores: bool = False
     truncate: bool = False
 
@@ -80,10 +86,20 @@ class Rerank(Body):
     """`POST /rerank`."""
 
     query: str
-    texts: list[str]
+    texts: List[str]
     raw_scores: bool = False
     return_text: bool = False
     truncate: bool = False
+
+    def rows(self, manifest: Manifest) -> list[Any]:
+        """Texts to embed, the query first, or pairs to classify.
+
+        Raises:
+            InputError: If there are none.
+        """
+        if not self.texts:
+            raise InputError("the request has no texts", valid="at least one")
+        return [self.query, *self.texts] if manifest.task == "embed" else [(self.query, text) for text in self.texts]
 
 
 def _texts(one: list[str]) -> str | tuple[str, str]:

@@ -20,6 +20,12 @@ ABOUT = ("/health", "/info", "/metrics", "/status")
 """What is answered while the server drains."""
 
 
+def endpoint(scope: Scope) -> str:
+    """The path that was asked for, wherever the application is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
+
+
 class Guard:
     """ASGI middleware: bearer token, size and time of the body, and refusal while the server drains.
 
@@ -38,7 +44,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path, headers = scope["path"], dict(scope["headers"])
+        path, headers = endpoint(scope), dict(scope["headers"])
         if self.token and not (path in OPEN and scope["method"] == "GET") and not self._knows(headers):
             await _refuse(send, path, 401, "Unauthorized", "no valid token", {"www-authenticate": "Bearer"})
             return

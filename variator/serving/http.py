@@ -6,11 +6,11 @@ import asyncio
 import base64
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
@@ -22,12 +22,18 @@ from starlette.exceptions import HTTPException
 
 from variator.engines.metrics import PrometheusObserver
 from variator.engines.runtime import Result
+from variator.engines.serving import wall_clock
 from variator.errors import BundleError, DeadlineExceeded, EngineError, InputError, Overloaded, VariatorError
 from variator.serving.asked import Asked, asked_from
 from variator.serving.bodies import Body, Embed, OpenAIEmbeddings, Predict, Rerank
-from variator.serving.guard import Guard
+from variator.serving.guard import Guard, endpoint
 from variator.serving.service import Service
 from variator.tasks.score import cosines
+
+if TYPE_CHECKING:
+    from variator.serving.service import Inputs
+    from variator.toolkit.bundle import Manifest
+    from variator.toolkit.rows import Row
 
 PAGE = Path(__file__).with_name("status.html")
 HEADER = "x-variator-"
@@ -115,13 +121,13 @@ def _version() -> str:
 def _endpoints(app: FastAPI, service: Service, settings: HttpSettings) -> None:
     """What answers with the model."""
 
-    async def run(request: Request, rows: list[Any], asked: Asked) -> Result:
+    async def run(request: Request, rows: Inputs, asked: Asked) -> tuple[Result, Manifest]:
         return await _answer(request, service, settings, rows, asked)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request, body: OpenAIEmbeddings) -> Response:
-        result = await run(request, body.rows(), body.asked(_headers(request), False))
-        values = _need(service, result, "embedding")
+        result, manifest = await run(request, body.rows(), body.asked(_headers(request), False))
+        values = _need(result, "embedding")
         if body.dimensions not in (None, values.shape[1]):
             raise InputError(f"{body.dimensions} dimensions", valid=f"{values.shape[1]}, which this model has")
         plain = body.encoding_format == "float"
@@ -131,12 +137,12 @@ def _endpoints(app: FastAPI, service: Service, settings: HttpSettings) -> None:
         ]
         tokens = sum(result.lengths)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return _json({"object": "list", "data": data, "model": service.manifest.model, "usage": usage}, result)
+        return _json({"object": "list", "data": data, "model": manifest.model, "usage": usage}, result)
 
     @app.post("/embed")
     async def embed(request: Request, body: Embed) -> Response:
-        result = await run(request, body.rows(), body.asked(_headers(request), body.truncate))
-        values = _need(service, result, "embedding")
+        result, _ = await run(request, body.rows(), body.asked(_headers(request), body.truncate))
+        values = _need(result, "embedding")
         if body.normalize:
             values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
         return _json(values, result)
@@ -144,24 +150,20 @@ def _endpoints(app: FastAPI, service: Service, settings: HttpSettings) -> None:
     @app.post("/predict")
     async def predict(request: Request, body: Predict) -> Response:
         rows, alone = body.rows()
-        result = await run(request, rows, body.asked(_headers(request), body.truncate))
-        logits = _need(service, result, "logits")
+        result, manifest = await run(request, rows, body.asked(_headers(request), body.truncate))
+        logits = _need(result, "logits")
         scores = logits if body.raw_scores else _probabilities(logits)
-        found = [_ranked(one, service.manifest.labels) for one in scores]
+        found = [_ranked(one, manifest.labels) for one in scores]
         return _json(found[0] if alone else found, result)
 
     @app.post("/rerank")
     async def rerank(request: Request, body: Rerank) -> Response:
-        asked = body.asked(_headers(request), body.truncate)
-        if not body.texts:
-            raise InputError("the request has no texts", valid="at least one")
-        if service.manifest.task == "embed":
-            result = await run(request, [body.query, *body.texts], asked)
-            values = _need(service, result, "embedding")
+        result, manifest = await run(request, body.rows, body.asked(_headers(request), body.truncate))
+        if manifest.task == "embed":
+            values = _need(result, "embedding")
             scores = cosines(values[1:], values[:1])
         else:
-            result = await run(request, [(body.query, text) for text in body.texts], asked)
-            logits = _need(service, result, "logits")
+            logits = _need(result, "logits")
             if logits.shape[1] != 1:
                 raise InputError(f"a classifier of {logits.shape[1]} classes ranks nothing", valid="one of one score")
             scores = logits[:, 0] if body.raw_scores else _probabilities(logits)[:, 0]
@@ -228,8 +230,11 @@ def _about(app: FastAPI, service: Service, registry: CollectorRegistry, again: C
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
     @app.post("/reload")
-    async def reload() -> Response:
-        """Serve what lies at the bundle's path now."""
+    async def reload(request: Request) -> Response:
+        """Serve what lies at the bundle's path now; not because a page of somebody else's in a browser says so."""
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise Fault(403, "Forbidden", f"a page of {origin} asks for it")
         try:
             await again()
         except (BundleError, EngineError, InputError) as error:
@@ -237,31 +242,31 @@ def _about(app: FastAPI, service: Service, registry: CollectorRegistry, again: C
         return _json(service.info())
 
 
-async def _answer(request: Request, service: Service, settings: HttpSettings, rows: list[Any], asked: Asked) -> Result:
-    """The queue's answer to a request; what nobody waits for any more leaves the queue."""
-    if len(rows) > settings.max_batch:
-        raise Fault(413, "Validation", f"{len(rows)} inputs in a request; valid: up to {settings.max_batch}")
-    if sum(map(_size, rows)) > LONG_TEXT:
-        future = await asyncio.to_thread(_submit, service, settings, rows, asked)
-    else:
-        future = _submit(service, settings, rows, asked)
-    waiting = asyncio.wrap_future(future)
+async def _answer(
+    request: Request, service: Service, settings: HttpSettings, rows: Inputs, asked: Asked
+) -> tuple[Result, Manifest]:
+    """The queue's answer to a request, and whose it is; what nobody waits for any more leaves the queue."""
+    arrived = wall_clock()
+    given = rows(service.manifest) if callable(rows) else rows
+    if len(given) > settings.max_batch:
+        raise Fault(413, "Validation", f"{len(given)} inputs in a request; valid: up to {settings.max_batch}")
+
+    def check(tokenised: Sequence[Row]) -> None:
+        if (tokens := sum(len(row.ids) for row in tokenised)) > settings.max_tokens:
+            raise Fault(413, "Validation", f"{tokens} tokens in a request; valid: up to {settings.max_tokens}")
+
+    submit = functools.partial(service.submit, rows, asked, check, arrived)
+    submitted = await asyncio.to_thread(submit) if sum(map(_size, given)) > LONG_TEXT else submit()
+    waiting = asyncio.wrap_future(submitted.future)
     try:
         while True:
             done, _ = await asyncio.wait([waiting], timeout=GONE_EVERY_S)
             if done:
-                return waiting.result()
+                return waiting.result(), submitted.manifest
             if await request.is_disconnected():
                 raise Fault(499, "Gone", "the client is gone")
     finally:  # some servers cancel instead of telling
         waiting.cancel()
-
-
-def _submit(service: Service, settings: HttpSettings, rows: list[Any], asked: Asked) -> Future[Result]:
-    tokenised = service.runtime.tokenise(rows, asked.truncate)
-    if (tokens := sum(len(row.ids) for row in tokenised)) > settings.max_tokens:
-        raise Fault(413, "Validation", f"{tokens} tokens in a request; valid: up to {settings.max_tokens}")
-    return service.submit(tokenised, asked)
 
 
 def _size(row: Any) -> int:
@@ -279,7 +284,7 @@ def _asked(given: tuple[tuple[str, str], ...]) -> Asked:
     return asked_from({name: value for name, value in named.items() if name in Body.model_fields})
 
 
-def _need(service: Service, result: Result, output: str) -> Any:
+def _need(result: Result, output: str) -> Any:
     """An output of the model, or the refusal of an endpoint that is not for it."""
     if output not in result.outputs:
         raise InputError(f"this model gives {', '.join(result.outputs)}", valid=f"a model that gives {output}")
@@ -328,7 +333,7 @@ def error_body(path: str, status: int, kind: str, text: str) -> dict[str, Any]:
 
 def _error(request: Request, status: int, kind: str, text: str, retry_s: int = 0) -> Response:
     headers = {"retry-after": str(retry_s)} if retry_s else {}
-    return _json(error_body(request.url.path, status, kind, text), status=status, headers=headers)
+    return _json(error_body(endpoint(request.scope), status, kind, text), status=status, headers=headers)
 
 
 async def _fault(request: Request, error: Any) -> Response:

@@ -5,6 +5,7 @@ The port is opened once, by the parent, so that nobody is turned away while the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from variator.engines.serving import ServeSettings
 from variator.errors import EngineError, InputError, VariatorError
@@ -32,8 +34,13 @@ SETTINGS = "VARIATOR_SERVE"
 TOKEN = "VARIATOR_TOKEN"
 """Environment variable with the clients' token: on a command line everybody on the machine could read it."""
 
-IDLE_S = 30
-"""Seconds after which a connection that asks nothing is closed."""
+IDLE_S = 30.0
+"""Seconds after which a connection on which no request has begun is closed."""
+
+GRACE_S = 30
+"""Seconds that requests under way have to be answered once the server ends."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 RESTARTS, WITHIN_S = 5, 60.0
 """A child that dies this often in this time will not get well by another start."""
@@ -132,18 +139,32 @@ def _watch(listening: socket.socket, on_start: Callable[[], None]) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal ended
         ended = True
+        listening.close()  # the child's goes when it has drained: nobody is let in whom it will not hear
         if child:
-            os.kill(child, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     deaths: list[float] = []
     try:
-        while not ended:
+        while True:
             ready, told = os.pipe()
             os.set_inheritable(told, True)
-            command = [sys.executable, "-m", "variator.serving.process", str(listening.fileno()), str(told)]
-            child = os.posix_spawn(sys.executable, command, dict(os.environ), setpgroup=0)  # Ctrl-C is ours to pass on
-            os.close(told)
+            unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none is lost before the child has a number
+            try:
+                if ended:
+                    return
+                files = [str(listening.fileno()), str(told)]
+                child = os.posix_spawn(
+                    sys.executable,
+                    [sys.executable, "-m", "variator.serving.process", *files, str(os.getpid())],
+                    dict(os.environ),
+                    setpgroup=0,  # Ctrl-C is ours to pass on
+                    setsigmask=unblocked,
+                )
+            finally:
+                os.close(told)
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             with os.fdopen(ready) as word:
                 reason = word.read()
             if reason == READY and not begun:
@@ -177,9 +198,9 @@ READY = "ready"
 """What the child says when it serves; else the error that keeps it from it."""
 
 
-def child(file: int, told: int) -> None:
+def child(file: int, told: int, parent: int) -> None:
     """Serve on a socket that the parent has opened."""
-    _end_with_parent()
+    _end_with(parent)
     settings = ServerSettings.from_json(os.environ[SETTINGS], os.environ[TOKEN])
     with os.fdopen(told, "w") as word:
         try:
@@ -191,10 +212,11 @@ def child(file: int, told: int) -> None:
     app = create_app(service, settings.http, close=True)
     config = uvicorn.Config(
         app,
+        http=Impatient,
         log_level="warning",
         access_log=False,
-        timeout_keep_alive=IDLE_S,
-        timeout_graceful_shutdown=30,
+        timeout_keep_alive=int(IDLE_S),
+        timeout_graceful_shutdown=GRACE_S,
         server_header=False,
         lifespan="on",
     )
@@ -221,15 +243,45 @@ class _Draining(uvicorn.Server):
         timer.start()
 
 
-def _end_with_parent() -> None:
-    """Linux tells a child when its parent dies, if asked to."""
+class Impatient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """A connection that is closed when no request begins on it for a while.
+
+    uvicorn's own limit holds only between requests: who sends nothing at all, or a head letter by letter, may stay.
+    """
+
+    idle_s = IDLE_S
+
+    def connection_made(self, transport: Any) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._last: Any = None
+        self._looking = self.loop.call_later(self.idle_s, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._looking.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        under_way = self.cycle is not None and not self.cycle.response_complete
+        if self.cycle is self._last and not under_way:
+            self.transport.close()
+            return
+        self._last = self.cycle
+        self._looking = self.loop.call_later(self.idle_s, self._look)
+
+
+def _end_with(parent: int) -> None:
+    """Linux tells a child when its parent dies, if asked to in time."""
     prctl: Any = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit("the process that started this one is gone")
 
 
 PR_SET_PDEATHSIG = 1
 
 
 if __name__ == "__main__":
-    child(int(sys.argv[1]), int(sys.argv[2]))
+    child(*map(int, sys.argv[1:]))

@@ -146,7 +146,8 @@ class Replica:
         if unknown := sorted(set(asked).difference(FIELDS)):
             raise InputError(f"no option {unknown[0]!r}", valid=", ".join(FIELDS))
         options = asked_from(asked)
-        waiting = asyncio.wrap_future(await asyncio.to_thread(self.service.submit, inputs, options))
+        submitted = await asyncio.to_thread(self.service.submit, inputs, options)
+        waiting = asyncio.wrap_future(submitted.future)
         try:
             return await waiting
         finally:

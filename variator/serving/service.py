@@ -6,24 +6,27 @@ Requests go through the runtime's queue (`engines.serving`), with a fixed ratio 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from variator.engines.policies import policy_named
 from variator.engines.runtime import AUTO, Result, Runtime
 from variator.engines.scheduler import Batch
 from variator.engines.serving import Observer, Server, ServeSettings, wall_clock
-from variator.errors import EngineError, InputError
+from variator.errors import EngineError, InputError, VariatorError
 from variator.serving.asked import Asked
 from variator.toolkit.plugin_format import Key
-from variator.toolkit.rows import Input
+from variator.toolkit.rows import Input, Row
 
 if TYPE_CHECKING:
     from variator.toolkit.bundle import Manifest
+
+    Inputs = Sequence[Input] | Callable[[Manifest], Sequence[Input]]
 
 WARM_UP_MS = 60_000.0
 """Objective of the first run of every ratio, which nobody waits for."""
@@ -137,6 +140,13 @@ class Opened:
             raise
 
 
+class Submitted(NamedTuple):
+    """A request that waits, and the manifest of the bundle that answers it, which may be replaced meanwhile."""
+
+    future: Future[Result]
+    manifest: Manifest
+
+
 class Service:
     """A served bundle; use it as a context manager.
 
@@ -188,28 +198,53 @@ class Service:
         self._observers = [*self._observers, observer]
         self._current.server.observe(observer)
 
-    def submit(self, inputs: Sequence[Input], asked: Asked) -> Future[Result]:
-        """Queue a request. Errors as `Server.submit`."""
+    def submit(
+        self,
+        inputs: Inputs,
+        asked: Asked,
+        check: Callable[[Sequence[Row]], None] = lambda rows: None,
+        arrival_ms: float | None = None,
+    ) -> Submitted:
+        """Queue a request, which one bundle reads and answers.
+
+        Args:
+            inputs: Also what makes them of the manifest of the bundle that will answer.
+            check: Told the tokens; what it raises is raised.
+            arrival_ms: As for `Server.submit`, on `engines.serving.wall_clock`.
+
+        Raises:
+            BundleError, EngineError, InputError, DeadlineExceeded, Overloaded: As `Server.submit`.
+        """
         options = asked.options()
         while True:
-            current = self._current
+            opened = self._current
+            manifest = opened.runtime.bundle.manifest
             try:
-                return current.server.submit(inputs, **options)
+                rows = opened.runtime.tokenise(inputs(manifest) if callable(inputs) else inputs, asked.truncate)
+                check(rows)
+                return Submitted(opened.server.submit(rows, arrival_ms=arrival_ms, **options), manifest)
             except EngineError:
-                if current is self._current:  # else it was replaced in between
+                if opened is self._current:  # else it was replaced in between
                     raise
 
     def reload(self) -> None:
-        """Serve what lies at the bundle's path now, without losing a request: the old one ends with what it has.
+        """Serve what lies at the bundle's path now; the old bundle answers what it was asked, for a minute at most.
 
         Raises:
-            BundleError, EngineError, InputError: If it cannot be served; the old one goes on.
+            BundleError, EngineError, InputError: If it cannot be served; the old one goes on. One at a time.
         """
-        with self._reloading:
+        if not self._reloading.acquire(blocking=False):
+            raise EngineError("the bundle is being opened again already", fix="wait until that has ended")
+        try:
             new = self._open()
             old, self._current = self._current, new
             self.reloads += 1
-            old.runtime.close()
+            try:
+                old.runtime.close()
+            except VariatorError as error:  # what is served is well
+                warnings.warn(f"the bundle that was served before did not end: {error}", stacklevel=2)
+        finally:
+            self._reloading.release()
 
     def close(self) -> None:
         """Answer what waits, and end."""
@@ -218,15 +253,16 @@ class Service:
 
     def info(self) -> dict[str, Any]:
         """What is served, as `/info` tells it."""
-        manifest, runtime = self.manifest, self.runtime
+        opened = self._current
+        manifest, runtime, server = opened.runtime.bundle.manifest, opened.runtime, opened.server
         return {
             "model_id": manifest.model,
             "task": manifest.task,
             "max_input_length": manifest.max_length,
             "engine": runtime.engine,
             "precision": runtime.load(1).precision,
-            "ratios": [str(ratio) for ratio in self.server.ratios],
-            "quality": {str(ratio): value for ratio, value in self.server.quality.items()},
+            "ratios": [str(ratio) for ratio in server.ratios],
+            "quality": {str(ratio): value for ratio, value in server.quality.items()},
             "labels": list(manifest.labels),
             "real": manifest.real,
             "backbone": manifest.backbone,

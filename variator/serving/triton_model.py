@@ -86,10 +86,12 @@ class VariatorModel:
 
     def finalize(self) -> None:
         """Answer what waits and give everything back."""
-        self._opened.runtime.close()
-        self._answers.put(None)
-        self._answering.join()
-        self._metrics.close()
+        try:
+            self._opened.runtime.close()
+        finally:
+            self._answers.put(None)
+            self._answering.join()
+            self._metrics.close()
 
     def _submit(self, request: Any) -> Future[Result]:
         asked = read_parameters(request.parameters(), request.timeout(), self._ratio, self._patience_ms)

@@ -163,7 +163,7 @@ def scheduled(
 
 def parse_key(text: Key) -> Key:
     """`4` or `"4"` -> 4, `"long"` -> `"long"`, else `InputError`."""
-    if isinstance(text, str) and text.isdecimal():
+    if isinstance(text, str) and text.isdecimal() and len(text) < 10:
         return check_ratio(int(text))
     if isinstance(text, str) and NAME.fullmatch(text):
         return text
