@@ -33,12 +33,21 @@ def test_a_value_of_the_wrong_kind_is_told(fields: dict[str, Any], match: str) -
 
 
 def test_a_fixed_ratio_becomes_both_bounds_and_goes_not_with_others() -> None:
-    options = Asked("4", 5.0).options()
+    served = [1, 2, 4, 8, "long"]
+    options = Asked("4", 5.0).options(served)
     assert (options["min_ratio"], options["max_ratio"], options["slo_ms"]) == (4, 4, 5.0)
-    assert Asked(min_ratio="2", max_ratio="long").options()["max_ratio"] == "long"
-    for wrong in (Asked(4, max_ratio=8), Asked("long", min_quality=0.5), Asked(0), Asked(True)):
+    assert Asked(min_ratio="2", max_ratio="long").options(served)["max_ratio"] == "long"
+    for wrong in (
+        Asked(4, max_ratio=8),
+        Asked("long", min_quality=0.5),
+        Asked(0),
+        Asked(True),
+        Asked(min_ratio="auto"),
+    ):
         with pytest.raises(InputError):
-            wrong.options()
+            wrong.options(served)
+    with pytest.raises(InputError, match=r"ratio '3'(.|\n)*auto, 1, 2"):
+        Asked(3).options([1, 2])
 
 
 def test_the_parameters_of_a_triton_request() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,22 +28,31 @@ class Asked:
     min_quality: float | None = None
     truncate: bool = False
 
-    def options(self) -> dict[str, Any]:
+    def options(self, ratios: Sequence[Key]) -> dict[str, Any]:
         """Arguments of `Server.submit`.
 
+        Args:
+            ratios: That are served.
+
         Raises:
-            InputError: For a ratio that is none, or bounds beside a fixed one.
+            InputError: For a ratio that is not served, or bounds beside a fixed one.
         """
-        bounds: dict[str, Any] = {"slo_ms": self.slo_ms, "truncate": self.truncate, "min_quality": self.min_quality}
-        given = {"min_ratio": self.min_ratio, "max_ratio": self.max_ratio}
-        keys: dict[str, Key | None] = {name: None if one is None else parse_key(one) for name, one in given.items()}
+        bounds: dict[str, Any] = {"min_ratio": self.min_ratio, "max_ratio": self.max_ratio}
+        keys = {name: None if one is None else _served(one, name, ratios) for name, one in bounds.items()}
         if self.ratio != AUTO:
-            fixed = parse_key(self.ratio)
-            named = [name for name, one in {**keys, "min_quality": self.min_quality}.items() if one is not None]
-            if named:
-                raise InputError(f"{named[0]} with ratio {self.ratio!r}", valid=f"{named[0]} with ratio {AUTO!r}")
+            fixed = _served(self.ratio, "ratio", [AUTO, *ratios])
+            bounds["min_quality"] = self.min_quality
+            if named := [name for name, one in bounds.items() if one is not None]:
+                raise InputError(f"{named[0]} with ratio {fixed}", valid=f"{named[0]} with ratio {AUTO}")
             keys = {"min_ratio": fixed, "max_ratio": fixed}
-        return bounds | keys
+        return {"slo_ms": self.slo_ms, "truncate": self.truncate, "min_quality": self.min_quality, **keys}
+
+
+def _served(ratio: str | int, what: str, ratios: Sequence[Key]) -> Key:
+    with contextlib.suppress(InputError):
+        if (key := parse_key(ratio)) in ratios:
+            return key
+    raise InputError(f"{what} {str(ratio)[:40]!r}", valid=", ".join(map(str, ratios)))
 
 
 FIELDS = tuple(field.name for field in fields(Asked))

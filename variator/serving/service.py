@@ -215,10 +215,10 @@ class Service:
         Raises:
             BundleError, EngineError, InputError, DeadlineExceeded, Overloaded: As `Server.submit`.
         """
-        options = asked.options()
         while True:
             opened = self._current
             manifest = opened.runtime.bundle.manifest
+            options = asked.options(opened.server.ratios)
             try:
                 rows = opened.runtime.tokenise(inputs(manifest) if callable(inputs) else inputs, asked.truncate)
                 check(rows)

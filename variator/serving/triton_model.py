@@ -96,7 +96,7 @@ class VariatorModel:
     def _submit(self, request: Any) -> Future[Result]:
         asked = read_parameters(request.parameters(), request.timeout(), self._ratio, self._patience_ms)
         inputs = read_inputs(_tensors(self._backend, request, INPUTS))
-        return self._opened.server.submit(inputs, **asked.options())
+        return self._opened.server.submit(inputs, **asked.options(self._opened.server.ratios))
 
     def _answer_all(self) -> None:
         """Beside the worker, which computes the next batch meanwhile."""
