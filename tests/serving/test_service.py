@@ -150,6 +150,26 @@ def test_who_waits_while_a_bundle_is_replaced_is_answered_by_the_one_that_read_t
         assert waiting.future.result(10).ratio == 1
 
 
+def test_a_request_that_comes_too_late_for_a_bundle_goes_to_the_next(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Service(copy, SETTINGS) as service:
+
+        def closed(*_: Any, **__: Any) -> None:
+            service.reload()
+            raise EngineError("the server is closed")
+
+        monkeypatch.setattr(service.server, "submit", closed)
+        assert service.submit(["w5"], Asked(2)).future.result(10).ratio == 2 and service.reloads == 1
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise EngineError("the engine does not answer")
+
+        monkeypatch.setattr(service.server, "submit", broken)
+        with pytest.raises(EngineError, match="does not answer"):
+            service.submit(["w5"], Asked(2))
+
+
 def test_a_bundle_that_does_not_end_is_replaced_all_the_same(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Service(copy, SETTINGS) as service:
         old, close = service.runtime, service.runtime.close
