@@ -30,12 +30,18 @@ void check_kind(const Json& data, const std::string& place) {
     throw BundleError(place + " has one graph for all ratios, which C++ does not run", "--layout per-ratio",
                       "export it with --layout per-ratio, or serve it with Python");
   }
-  const auto has = [&data](const char* name) { return data.contains(name) && !data[name].is_null(); };
-  if (has("decoder") || has("picture")) {
-    throw BundleError(place + (has("decoder") ? " has a decoder" : " reads pictures") + ", which C++ does not run",
-                      "encoders of texts",
-                      has("decoder") ? "export the encoder alone with --task hidden, or serve it with Python"
-                                     : "serve it with Python");
+  struct Kind {
+    const char *field, *words, *fix;
+  };
+  constexpr Kind kinds[] = {
+      {"decoder", " has a decoder", "export the encoder alone with --task hidden, or serve it with Python"},
+      {"picture", " reads pictures", "serve it with Python"},
+      {"prompt", " asks for a class with a template", "serve it with Python"},
+  };
+  for (const Kind& kind : kinds) {
+    if (data.contains(kind.field) && !data[kind.field].is_null()) {
+      throw BundleError(place + kind.words + ", which C++ does not run", "encoders of texts", kind.fix);
+    }
   }
 }
 

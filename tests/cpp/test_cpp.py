@@ -263,6 +263,10 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "files that are none": (lambda place: changed(place / "manifest.json", files=[1]), "files is [1]"),
     "one graph for all": (lambda place: changed(place / "manifest.json", layout="shared"), "--layout per-ratio"),
     "a decoder": (lambda place: changed(place / "manifest.json", decoder={}), "has a decoder"),
+    "a template": (
+        lambda place: changed(place / "manifest.json", prompt={"template": "{0} <extra_id_0>", "words": ["a", "b"]}),
+        "with a template",
+    ),
 }
 
 
