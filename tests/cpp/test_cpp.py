@@ -254,6 +254,10 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda place: (place / "manifest.json").write_text("{"), "not JSON"),
     "no object": (lambda place: (place / "manifest.json").write_text("[1]"), "not a JSON object"),
     "deep JSON": (lambda place: (place / "manifest.json").write_text("[" * 200_000), "not JSON"),
+    "deep JSON that ends": (
+        lambda place: (place / "manifest.json").write_text(f'{{"x": {"[" * 200_000}{"]" * 200_000}}}'),
+        "levels deep",
+    ),
     "no ratio 1": (lambda place: changed(place / "manifest.json", ratios={}), "ratio 1 is not listed"),
     "a field of another kind": (
         lambda place: changed(place / "manifest.json", max_length="150"),
