@@ -1,6 +1,7 @@
 #include "variator/bundle.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "files.hpp"
 #include "json.hpp"
@@ -45,26 +46,32 @@ void check_kind(const Json& data, const std::string& place) {
   }
 }
 
-/// Score over ratio 1's, of the split that a plugin was scored on first; 0 if there is none.
-double expected_quality(const Json& entry) {
-  const Json scores = entry.value("training", Json::object()).value("scores", Json::array());
+/// Keeps the order of the file, in which the first metric is the one that counts.
+using Ordered = nlohmann::ordered_json;
+
+/// Score over ratio 1's, of the split that a plugin was scored on first; 0 if there is none. Rounded as in Python.
+double expected_quality(const Ordered& entry) {
+  const Ordered scores = entry.value("training", Ordered::object()).value("scores", Ordered::array());
   if (scores.empty()) {
     return 0.0;
   }
-  const Json& value = field(scores[0], "value");
+  const Ordered& value = scores.at(0).at("value");
   if (value.empty()) {
     return 0.0;
   }
   const std::string metric = value.items().begin().key();
-  const double reference = scores[0].value("ratio_1", Json::object()).value(metric, 0.0);
-  return reference == 0.0 ? 0.0 : real_of(value, metric) / reference;
+  const double reference = scores.at(0).value("ratio_1", Ordered::object()).value(metric, 0.0);
+  constexpr double digits = 1e4;
+  return reference == 0.0 ? 0.0 : std::round(real_of(Json(value), metric) / reference * digits) / digits;
 }
 
-std::map<Key, RatioEntry> ratios_of(const Json& data) {
+std::map<Key, RatioEntry> ratios_of(const Json& data, const std::string& text) {
+  const Ordered ordered = Ordered::parse(text);
   std::map<Key, RatioEntry> ratios;
   for (const auto& item : field(data, "ratios").items()) {
     const Json& entry = item.value();
-    ratios[Key(item.key())] = {text_of(entry, "graph"), entry.value("untrained", false), expected_quality(entry)};
+    const double quality = expected_quality(ordered.at("ratios").at(item.key()));
+    ratios[Key(item.key())] = {text_of(entry, "graph"), entry.value("untrained", false), quality};
   }
   if (const auto first = ratios.find(1); first != ratios.end()) {
     first->second.expected_quality = 1.0;
@@ -72,7 +79,7 @@ std::map<Key, RatioEntry> ratios_of(const Json& data) {
   return ratios;
 }
 
-Manifest manifest_of(const Json& data) {
+Manifest manifest_of(const Json& data, const std::string& text) {
   Manifest manifest;
   manifest.format_version = static_cast<int>(whole_of(data, "format_version"));
   manifest.model = text_of(data, "model");
@@ -83,7 +90,7 @@ Manifest manifest_of(const Json& data) {
   manifest.inputs = texts_of(data, "inputs");
   manifest.outputs = texts_of(data, "outputs");
   manifest.labels = data.contains("labels") ? texts_of(data, "labels") : std::vector<std::string>();
-  manifest.ratios = ratios_of(data);
+  manifest.ratios = ratios_of(data, text);
   manifest.files = files_of(data, "files");
   return manifest;
 }
@@ -116,7 +123,7 @@ Manifest read_manifest(const std::string& text, const std::string& place) {
     const Json data = object_in(text);
     check_version(data, place);
     check_kind(data, place);
-    Manifest manifest = manifest_of(data);
+    Manifest manifest = manifest_of(data, text);
     check_whole(manifest);
     return manifest;
   } catch (const FieldError& error) {

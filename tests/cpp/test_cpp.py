@@ -174,12 +174,14 @@ def test_token_types_count_and_token_outputs_are_padded_as_in_python(drive: Driv
 
 def test_scores_of_plugins_come_with_the_answers(drive: Drive, copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
-    scores = [{"value": {"spearman": 0.8}, "ratio_1": {"spearman": 0.9}}]
+    scores = [{"value": {"spearman": 0.8, "pearson": 0.1}, "ratio_1": {"spearman": 0.9, "pearson": 0.9}}]
     manifest["ratios"]["2"]["training"] = {"scores": scores}
     changed(copied / "manifest.json", ratios=manifest["ratios"])
     asked = [{"rows": [ids(5)], "ratio": ratio} for ratio in (1, 2, 4)]
     found = [answer["expected_quality"] for answer in drive("infer", bundle=copied, requests=asked)["answers"]]
-    assert found == [1.0, pytest.approx(0.8 / 0.9), 0.0]
+    assert found == [1.0, 0.8889, 0.0]
+    with Runtime.open(copied, "onnxruntime", "fp32") as runtime:
+        assert runtime.quality == {1: 1.0, 2: found[1]}
 
 
 BAD_REQUESTS = [
