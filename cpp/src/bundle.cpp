@@ -13,6 +13,10 @@ namespace {
 
 constexpr int kFirstFormat = 1;
 constexpr int kLastFormat = 4;
+
+/// Far more than any model takes; squares of it still fit.
+constexpr std::int64_t kLongest = 1048576;
+
 const char* const kManifest = "manifest.json";
 const char* const kExportAgain = "export again with `variator export`";
 
@@ -104,6 +108,9 @@ void check_whole(const Manifest& manifest) {
     if (size < 1) {
       throw FieldError("hidden_size, vocabulary or max_length is " + std::to_string(size));
     }
+  }
+  if (manifest.max_length > kLongest) {
+    throw FieldError("max_length is " + std::to_string(manifest.max_length));
   }
   for (const auto& [ratio, entry] : manifest.ratios) {
     if (manifest.files.count(entry.graph) == 0) {

@@ -49,6 +49,7 @@ class Scheduler {
 
   /// Let a request wait.
   ///
+  /// @throws InputError If it is longer than any bucket.
   /// @throws DeadlineExceeded If it cannot be answered in time even at the highest ratio.
   /// @throws Overloaded If the queue is full.
   void submit(Request& request, double now);

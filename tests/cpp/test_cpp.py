@@ -266,6 +266,10 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
         'max_length is "150"',
     ),
     "a size below 1": (lambda place: changed(place / "manifest.json", vocabulary=0), "is 0"),
+    "a length beyond all models": (
+        lambda place: changed(place / "manifest.json", max_length=(1 << 32) + 8),
+        "max_length is 4294967304",
+    ),
     "files that are none": (lambda place: changed(place / "manifest.json", files=[1]), "files is [1]"),
     "one graph for all": (lambda place: changed(place / "manifest.json", layout="shared"), "--layout per-ratio"),
     "a decoder": (lambda place: changed(place / "manifest.json", decoder={}), "has a decoder"),
@@ -486,7 +490,7 @@ def test_the_queue_does_what_pythons_does(drive: Drive, seed: int) -> None:
         )
         event: dict[str, Any] = {"what": what, "now": now}
         if what == "submit":
-            rows, length, deadline = rng.choice((1, 1, 2, 9)), rng.randint(1, 512), now + slo * rng.uniform(0.2, 3)
+            rows, length, deadline = rng.choice((1, 1, 2, 9)), rng.randint(0, 520), now + slo * rng.uniform(0.2, 3)
             event |= {"rows": rows, "length": length, "arrival": now, "deadline": deadline}
             request = Request(rows, length, now, deadline)
             requests.append(request)
@@ -516,7 +520,7 @@ def test_the_queue_does_what_pythons_does(drive: Drive, seed: int) -> None:
     for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
         assert ours == theirs, f"event {index}: {events[index]}"
     kinds = {one for one in expected if isinstance(one, str)}
-    assert {"waits", "done", "DeadlineExceeded"} <= kinds
+    assert {"waits", "done", "DeadlineExceeded", "InputError"} <= kinds
     assert any(one["hopeless"] for one in expected if isinstance(one, dict))
 
 
