@@ -359,11 +359,22 @@ def point(model: onnx.ModelProto, key: str, value: str) -> None:
     next(entry for entry in tensor.external_data if entry.key == key).value = value
 
 
+def add(model: onnx.ModelProto, key: str, value: str, external: bool = True) -> None:
+    """Give a tensor one entry more."""
+    tensor = next(one for one in model.graph.initializer if bool(one.external_data) == external)
+    tensor.external_data.add(key=key, value=value)
+
+
 BAD_GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "weights outside": (lambda model: point(model, "location", "../../backbone.data"), "is a path outside"),
     "weights beyond the end": (lambda model: point(model, "offset", str(1 << 40)), "is missing from weights.data"),
     "an offset that is none": (lambda model: point(model, "offset", "-1"), "has offset '-1'"),
     "an offset that overflows": (lambda model: point(model, "offset", str(1 << 64)), "has offset"),
+    "weights in two places": (lambda model: add(model, "location", "../../backbone.data"), "has location twice"),
+    "weights both inside and outside": (
+        lambda model: add(model, "location", "../../backbone.data", external=False),
+        "is a path outside",
+    ),
     "no node": (lambda model: model.graph.Clear(), "holds no node"),
 }
 
