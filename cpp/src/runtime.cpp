@@ -38,6 +38,11 @@ Outputs computed(Engine& engine, const std::vector<Row>& rows, const std::vector
 
 Tokenizer::~Tokenizer() = default;
 
+Row Tokenizer::truncated(const std::string& /*text*/, std::int64_t limit) const {
+  throw InputError("a text is longer than " + std::to_string(limit) + " tokens, and the tokenizer given cannot truncate",
+                   "texts of up to " + std::to_string(limit) + " tokens", "shorten it, or override Tokenizer::truncated");
+}
+
 class Runtime::Impl {
  public:
   Impl(Bundle bundle, OpenOptions options)
@@ -82,10 +87,14 @@ class Runtime::Impl {
     }
     std::vector<Row> rows;
     rows.reserve(texts.size());
+    const std::int64_t limit = bundle_.manifest().max_length;
     for (const std::string& text : texts) {
       rows.push_back(options_.tokenizer->encode(text));
+      if (options.truncate && static_cast<std::int64_t>(rows.back().ids.size()) > limit) {
+        rows.back() = options_.tokenizer->truncated(text, limit);
+      }
     }
-    return infer(rows, ratio, options);
+    return infer(rows, ratio, {/*truncate=*/false, options.slo_ms});
   }
 
   /// The engine of a ratio, loaded if it is not yet.

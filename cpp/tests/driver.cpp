@@ -11,7 +11,9 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <limits>
 #include <list>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -35,6 +37,32 @@ class Letters final : public variator::Tokenizer {
     }
     return row;
   }
+};
+
+/// The words of a bundle's tokenizer between the marks that it puts around them; truncates as that tokenizer does.
+class Words final : public variator::Tokenizer {
+ public:
+  explicit Words(const std::string& bundle) {
+    std::ifstream file(bundle + "/tokenizer.json");
+    vocabulary_ = Json::parse(file)["model"]["vocab"];
+  }
+
+  variator::Row encode(const std::string& text) const override {
+    return truncated(text, std::numeric_limits<std::int64_t>::max());
+  }
+
+  variator::Row truncated(const std::string& text, std::int64_t limit) const override {
+    variator::Row row{{vocabulary_["[CLS]"]}, {}};
+    std::istringstream words(text);
+    for (std::string word; static_cast<std::int64_t>(row.ids.size()) < limit - 1 && words >> word;) {
+      row.ids.push_back(vocabulary_[word]);
+    }
+    row.ids.push_back(vocabulary_["[SEP]"]);
+    return row;
+  }
+
+ private:
+  Json vocabulary_;
 };
 
 std::string kind_of(const std::exception& error) {
@@ -102,8 +130,11 @@ variator::Runtime opened(const Json& given) {
   options.policy = given.value("policy", options.policy);
   options.slo_ms = given.value("slo_ms", options.slo_ms);
   options.max_queue = given.value("max_queue", options.max_queue);
-  if (given.value("tokenizer", false)) {
+  const std::string tokenizer = given.value("tokenizer", "");
+  if (tokenizer == "letters") {
     options.tokenizer = std::make_shared<Letters>();
+  } else if (tokenizer == "words") {
+    options.tokenizer = std::make_shared<Words>(given["bundle"].get<std::string>());
   }
   return variator::Runtime(given["bundle"].get<std::string>(), options);
 }

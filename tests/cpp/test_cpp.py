@@ -211,8 +211,25 @@ def test_bad_requests_are_told_and_good_ones_go_on(drive: Drive, calibrated: Pat
 
 def test_texts_go_through_the_tokenizer_that_is_given(drive: Drive, calibrated: Path) -> None:
     requests = [{"texts": ["abc", "z"], "ratio": 4}, {"rows": [[0, 1, 2], [25]], "ratio": 4}]
-    texts, rows = drive("infer", bundle=calibrated, tokenizer=True, requests=requests)["answers"]
+    texts, rows = drive("infer", bundle=calibrated, tokenizer="letters", requests=requests)["answers"]
     same(texts, arrays(rows))
+
+
+def test_long_texts_are_truncated_as_in_python_or_refused(drive: Drive, calibrated: Path) -> None:
+    texts = [
+        " ".join(f"w{random.Random(seed).randrange(60)}" for _ in range(words))
+        for seed, words in enumerate((3, 148, 149, 400))
+    ]
+    asked = [{"texts": texts, "ratio": 2, "truncate": truncate} for truncate in (True, False)]
+    cut, refused = drive("infer", bundle=calibrated, tokenizer="words", requests=asked)["answers"]
+    assert cut["lengths"] == [5, 150, 150, 150]
+    with Runtime.open(calibrated, "onnxruntime", "fp32") as runtime:
+        same(cut, runtime.infer(texts, ratio=2, truncate=True).outputs)
+    assert (refused["error"], "input 2 has 151 tokens" in refused["what"]) == ("InputError", True)
+    asked = [{"texts": ["a" * length], "ratio": 2, "truncate": True} for length in (151, 150)]
+    unable, short = drive("infer", bundle=calibrated, tokenizer="letters", requests=asked)["answers"]
+    assert (unable["error"], "cannot truncate" in unable["what"]) == ("InputError", True)
+    assert short["lengths"] == [150]
 
 
 def changed(path: Path, **fields: Any) -> None:
