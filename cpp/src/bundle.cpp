@@ -147,8 +147,8 @@ Bundle::Bundle(std::filesystem::path path, Manifest manifest) : path_(std::move(
 Bundle Bundle::open(const std::filesystem::path& path) {
   const std::filesystem::path place = path / kManifest;
   std::string text;
-  if (!read_whole(place, text)) {
-    throw BundleError(path.string() + " is not a bundle: cannot read " + kManifest,
+  if (path.empty() || !read_whole(place, text)) {
+    throw BundleError("'" + path.string() + "' is not a bundle: cannot read " + kManifest,
                       "a directory written by `variator export`");
   }
   Bundle bundle(path, read_manifest(text, place.string()));
@@ -163,9 +163,18 @@ Bundle Bundle::open(const std::filesystem::path& path) {
 }
 
 void Bundle::verify(const std::vector<std::string>& names) const {
+  std::vector<std::string> wanted = names;
   for (const auto& [name, entry] : manifest_.files) {
-    const bool wanted = names.empty() || std::find(names.begin(), names.end(), name) != names.end();
-    if (wanted && sha256_of_file(inside(path_, name)) != entry.sha256) {
+    if (names.empty()) {
+      wanted.push_back(name);
+    }
+  }
+  for (const std::string& name : wanted) {
+    const auto listed = manifest_.files.find(name);
+    if (listed == manifest_.files.end()) {
+      throw BundleError("'" + name + "' is not listed in the manifest of " + path_.string(), "", kExportAgain);
+    }
+    if (sha256_of_file(inside(path_, name)) != listed->second.sha256) {
       throw BundleError((path_ / name).string() + " has changed since it was exported (sha256 differs)", "", kCopyAgain);
     }
   }

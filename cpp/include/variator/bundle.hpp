@@ -56,7 +56,7 @@ class VARIATOR_EXPORT Bundle {
 
   /// Hash the named files, or all, and compare with the manifest.
   ///
-  /// @throws BundleError If one differs.
+  /// @throws BundleError If one differs, or is not listed there.
   void verify(const std::vector<std::string>& names = {}) const;
 
   /// The ratios it holds, ascending, then other settings by name.
