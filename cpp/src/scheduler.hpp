@@ -68,6 +68,7 @@ class Scheduler {
   /// Who is served next, if anybody waits.
   Request* first() const { return all_.empty() ? nullptr : all_.begin()->second; }
 
+  std::size_t waiting() const noexcept { return all_.size(); }
   const Costs& costs() const noexcept { return costs_; }
 
  private:

@@ -145,6 +145,32 @@ def test_answers_are_pythons_at_every_ratio_and_shape(drive: Drive, calibrated: 
     assert np.abs(first - other).max() > 1e-3  # ratios do differ
 
 
+PLACED: dict[str, tuple[str, list[tuple[list[int], list[int]]]]] = {
+    "short tokens": ("last_hidden_state", [([2, 8, 4], [0, 2])]),
+    "short tokens of a later part": ("start_logits", [([2, 9], [0, 2]), ([1, 4], [1])]),
+    "another width": ("last_hidden_state", [([2, 9, 4], [0, 2]), ([1, 5, 6], [1])]),
+    "another number of dimensions": ("embedding", [([2, 4], [0, 2]), ([1], [1])]),
+    "another number of rows": ("embedding", [([3, 4], [0, 2])]),
+}
+
+
+def check_placed(drive: Drive, wrong: str) -> None:
+    name, parts = PLACED[wrong]
+    given = [{"shape": shape, "places": places} for shape, places in parts]
+    found = drive("place", name=name, lengths=[9, 5, 3], parts=given)
+    assert (found["error"], "another shape" in found["what"]) == ("EngineError", True)
+
+
+@pytest.mark.parametrize("wrong", PLACED)
+def test_outputs_of_another_shape_than_their_inputs_are_refused(drive: Drive, wrong: str) -> None:
+    check_placed(drive, wrong)
+
+
+def test_outputs_that_are_padded_further_fit(drive: Drive) -> None:
+    parts = [{"shape": [2, 16, 4], "places": [0, 2]}, {"shape": [1, 5, 4], "places": [1]}]
+    assert drive("place", name="last_hidden_state", lengths=[9, 5, 3], parts=parts) == [3, 9, 4]
+
+
 def test_long_rows_are_cut_if_that_is_asked_for(drive: Drive, calibrated: Path) -> None:
     asked = [{"rows": [ids(400)], "ratio": 2, "truncate": True}]
     (answer,) = drive("infer", bundle=calibrated, requests=asked)["answers"]
@@ -305,6 +331,20 @@ def test_a_damaged_bundle_is_refused(drive: Drive, copied: Path, damage: str) ->
     assert (found["error"], words in found["what"]) == ("BundleError", True), found
 
 
+def test_a_bundle_without_a_path_is_refused(drive: Drive, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied)
+    assert "is not a bundle" in drive("infer", bundle="", requests=[])["what"]
+    assert "picked" in drive("infer", bundle=".", requests=[])
+
+
+def test_only_files_that_the_manifest_lists_can_be_verified(drive: Drive, copied: Path) -> None:
+    assert drive("verify", bundle=copied, names=[]) == "verified"
+    assert drive("verify", bundle=copied, names=["ratio-2.onnx"]) == "verified"
+    (copied / "other").write_text("")
+    found = drive("verify", bundle=copied, names=["ratio-2.onnx", "other"])
+    assert (found["error"], "'other' is not listed" in found["what"]) == ("BundleError", True)
+
+
 def engine_of(bundle: Path) -> Path:
     (found,) = (bundle / "engines").glob("onnxruntime-fp32-*")
     return found
@@ -429,6 +469,10 @@ def test_many_threads_get_what_one_gets(drive: Drive, calibrated: Path) -> None:
     check_threads(drive, calibrated, 8)
 
 
+def test_a_ratio_that_is_loaded_does_not_wait_for_another_ones_load(drive: Drive) -> None:
+    assert drive("loads") == {"same": True, "begun": 2, "failed": 1}
+
+
 def check_auto(drive: Drive, bundle: Path, count: int) -> None:
     requests = [
         {"rows": [ids(length, seed)], "ratio": "auto", "slo_ms": 20_000} for length in (3, 17, 90) for seed in range(6)
@@ -460,6 +504,55 @@ def test_auto_refuses_what_cannot_be_in_time(drive: Drive, calibrated: Path) -> 
     late, fine = drive("infer", bundle=calibrated, requests=asked)["answers"]
     assert (late["error"], "cannot be met" in late["what"]) == ("DeadlineExceeded", True)
     assert "outputs" in fine
+
+
+def shared(drive: Drive, calls: list[dict[str, Any]], max_queue: int = 10, **given: Any) -> list[dict[str, Any]]:
+    """Calls with ratio `auto` that come while the first one's batch runs, in an engine that is made up."""
+    points = [
+        {"ratio": ratio, "batch": batch, "length": 8, "p50_ms": (1 + 0.001 * batch) / ratio, "p95_ms": 2.0}
+        for ratio in (1, 2)
+        for batch in (1, 16)
+    ]
+    table = {"schema": "variator.latency/1", "key": "", "machine": {}, "points": points}
+    given = {"throws": [], "nan": [], "expire": 0, "max_queue": max_queue, **given}
+    costs = {"table": table, "ratios": [1, 2], "buckets": [8, 64], "max_rows": 64, "slo_ms": 60_000}
+    policy = {"name": "drain", "alpha": 0.4, "margin": 1.1}
+    return list(drive("auto", **costs, **given, policy=policy, calls=calls))
+
+
+def call(*given: int, length: int = 8, slo_ms: float = 60_000) -> dict[str, Any]:
+    return {"ids": given, "length": length, "slo_ms": slo_ms}
+
+
+def batches(answers: list[dict[str, Any]], calls: list[dict[str, Any]]) -> list[Any]:
+    """Which batch each call was answered by, once its outputs are its own; or the kind of error."""
+    found = []
+    for answer, asked in zip(answers, calls, strict=True):
+        if "error" not in answer:
+            made = arrays(answer)["made"]
+            assert made[:, 0].tolist() == list(asked["ids"])
+            assert answer["ratio"] == "1"
+            assert len(set(made[:, 1])) == 1
+        found.append(answer.get("error") or int(made[0, 1]))
+    return found
+
+
+def check_shared(drive: Drive) -> None:
+    calls = [call(1), call(2, 3), call(4), call(5, 6, 7), call(8, length=40), call(9)]
+    assert batches(shared(drive, calls), calls) == [0, 1, 1, 1, 2, 1]
+    assert batches(shared(drive, calls, max_queue=3), calls) == [0, 1, 1, 1, "Overloaded", "Overloaded"]
+    hurried = [*calls[:3], call(10, slo_ms=300)]
+    answers = shared(drive, hurried, expire=1)
+    assert batches(answers, hurried) == [0, 1, 1, "DeadlineExceeded"]
+    assert "the request waited" in answers[3]["what"]
+    answers = shared(drive, calls, nan=[6])
+    assert batches(answers, calls) == [0, 1, 1, "EngineError", 2, 1]
+    assert "made at ratio 1 is not finite" in answers[3]["what"]
+    assert batches(shared(drive, calls, throws=[4]), calls) == [0, *["EngineError"] * 3, 2, "EngineError"]
+
+
+def test_calls_with_auto_share_batches_and_none_takes_another_with_it(drive: Drive) -> None:
+    check_shared(drive)
 
 
 BAD_TABLES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -797,6 +890,10 @@ def test_sanitizers_find_nothing(sanitize: str, calibrated: Path, tmp_path: Path
     check_threads(drive, calibrated, 4)
     check_auto(drive, calibrated, 4)
     check_policies(drive)
+    check_shared(drive)
+    drive("loads")
+    for wrong in PLACED:
+        check_placed(drive, wrong)
     answers = drive("infer", bundle=calibrated, requests=[bad for bad, _ in BAD_REQUESTS])["answers"]
     assert {answer["error"] for answer in answers} == {"InputError"}
     for damage, (do, words) in BAD_BUNDLES.items():
