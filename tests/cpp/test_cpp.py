@@ -885,7 +885,10 @@ def test_plans_are_refused_without_a_gpu_or_on_another(stand_in: Path, copied: P
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitize: str, calibrated: Path, tmp_path: Path) -> None:
     # ONNX Runtime was not built with the sanitizer: what its threads agree on among themselves cannot be seen.
-    options = {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    # Nor can how the standard library counts who holds an exception: all calls of a batch that fails get the same one.
+    (tmp_path / "known").write_text("race:variator::Error::~Error\n")
+    thread = f"ignore_noninstrumented_modules=1:suppressions={tmp_path / 'known'}:print_suppressions=0"
+    options = {"TSAN_OPTIONS": thread, "ASAN_OPTIONS": "detect_leaks=1"}
     drive = driver(built(sanitize), tmp_path, options)
     check_threads(drive, calibrated, 4)
     check_auto(drive, calibrated, 4)
