@@ -47,12 +47,13 @@ def compiled(build: Path) -> Path:
     return build
 
 
-def build(place: Path, needed: Path, sanitize: str = "") -> Path:
+def build(place: Path, needed: Path, sanitize: str = "", *options: str) -> Path:
     """Build the library, the example and what the tests drive into `place`.
 
     Args:
         needed: What `dependencies` gave.
         sanitize: As the compiler's `-fsanitize`.
+        options: More for CMake.
 
     Raises:
         CannotBuildError: If there is no CMake or compiler.
@@ -68,6 +69,7 @@ def build(place: Path, needed: Path, sanitize: str = "") -> Path:
         f"-DNLOHMANN_JSON_ROOT={needed / 'include'}",
         f"-DVARIATOR_SANITIZE={sanitize}",
         "-DVARIATOR_TESTS=ON",
+        *options,
     )
     return compiled(place)
 

@@ -106,6 +106,11 @@ Result AutoQueue::infer(std::vector<Row> rows, double slo_ms) {
   return std::move(waiter.result);
 }
 
+std::size_t AutoQueue::waiting() {
+  const std::scoped_lock hold(mutex_);
+  return scheduler_.waiting();
+}
+
 /// Compute one batch.
 void AutoQueue::lead(std::unique_lock<std::mutex>& lock) {
   std::vector<Request*> hopeless;

@@ -31,6 +31,9 @@ class AutoQueue {
   /// @throws DeadlineExceeded, Overloaded, EngineError
   Result infer(std::vector<Row> rows, double slo_ms);
 
+  /// Requests that wait for a batch.
+  std::size_t waiting();
+
  private:
   struct Waiter;
 

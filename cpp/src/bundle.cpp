@@ -1,6 +1,7 @@
 #include "variator/bundle.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "files.hpp"
 #include "json.hpp"
@@ -12,6 +13,10 @@ namespace {
 
 constexpr int kFirstFormat = 1;
 constexpr int kLastFormat = 4;
+
+/// Far more than any model takes; squares of it still fit.
+constexpr std::int64_t kLongest = 1048576;
+
 const char* const kManifest = "manifest.json";
 const char* const kExportAgain = "export again with `variator export`";
 
@@ -30,35 +35,47 @@ void check_kind(const Json& data, const std::string& place) {
     throw BundleError(place + " has one graph for all ratios, which C++ does not run", "--layout per-ratio",
                       "export it with --layout per-ratio, or serve it with Python");
   }
-  const auto has = [&data](const char* name) { return data.contains(name) && !data[name].is_null(); };
-  if (has("decoder") || has("picture")) {
-    throw BundleError(place + (has("decoder") ? " has a decoder" : " reads pictures") + ", which C++ does not run",
-                      "encoders of texts",
-                      has("decoder") ? "export the encoder alone with --task hidden, or serve it with Python"
-                                     : "serve it with Python");
+  struct Kind {
+    const char *field, *words, *fix;
+  };
+  constexpr Kind kinds[] = {
+      {"decoder", " has a decoder", "export the encoder alone with --task hidden, or serve it with Python"},
+      {"picture", " reads pictures", "serve it with Python"},
+      {"prompt", " asks for a class with a template", "serve it with Python"},
+  };
+  for (const Kind& kind : kinds) {
+    if (data.contains(kind.field) && !data[kind.field].is_null()) {
+      throw BundleError(place + kind.words + ", which C++ does not run", "encoders of texts", kind.fix);
+    }
   }
 }
 
-/// Score over ratio 1's, of the split that a plugin was scored on first; 0 if there is none.
-double expected_quality(const Json& entry) {
-  const Json scores = entry.value("training", Json::object()).value("scores", Json::array());
+/// Keeps the order of the file, in which the first metric is the one that counts.
+using Ordered = nlohmann::ordered_json;
+
+/// Score over ratio 1's, of the split that a plugin was scored on first; 0 if there is none. Rounded as in Python.
+double expected_quality(const Ordered& entry) {
+  const Ordered scores = entry.value("training", Ordered::object()).value("scores", Ordered::array());
   if (scores.empty()) {
     return 0.0;
   }
-  const Json& value = field(scores[0], "value");
+  const Ordered& value = scores.at(0).at("value");
   if (value.empty()) {
     return 0.0;
   }
   const std::string metric = value.items().begin().key();
-  const double reference = scores[0].value("ratio_1", Json::object()).value(metric, 0.0);
-  return reference == 0.0 ? 0.0 : real_of(value, metric) / reference;
+  const double reference = scores.at(0).value("ratio_1", Ordered::object()).value(metric, 0.0);
+  constexpr double digits = 1e4;
+  return reference == 0.0 ? 0.0 : std::round(real_of(Json(value), metric) / reference * digits) / digits;
 }
 
-std::map<Key, RatioEntry> ratios_of(const Json& data) {
+std::map<Key, RatioEntry> ratios_of(const Json& data, const std::string& text) {
+  const Ordered ordered = Ordered::parse(text);
   std::map<Key, RatioEntry> ratios;
   for (const auto& item : field(data, "ratios").items()) {
     const Json& entry = item.value();
-    ratios[Key(item.key())] = {text_of(entry, "graph"), entry.value("untrained", false), expected_quality(entry)};
+    const double quality = expected_quality(ordered.at("ratios").at(item.key()));
+    ratios[Key(item.key())] = {text_of(entry, "graph"), entry.value("untrained", false), quality};
   }
   if (const auto first = ratios.find(1); first != ratios.end()) {
     first->second.expected_quality = 1.0;
@@ -66,7 +83,7 @@ std::map<Key, RatioEntry> ratios_of(const Json& data) {
   return ratios;
 }
 
-Manifest manifest_of(const Json& data) {
+Manifest manifest_of(const Json& data, const std::string& text) {
   Manifest manifest;
   manifest.format_version = static_cast<int>(whole_of(data, "format_version"));
   manifest.model = text_of(data, "model");
@@ -77,7 +94,7 @@ Manifest manifest_of(const Json& data) {
   manifest.inputs = texts_of(data, "inputs");
   manifest.outputs = texts_of(data, "outputs");
   manifest.labels = data.contains("labels") ? texts_of(data, "labels") : std::vector<std::string>();
-  manifest.ratios = ratios_of(data);
+  manifest.ratios = ratios_of(data, text);
   manifest.files = files_of(data, "files");
   return manifest;
 }
@@ -91,6 +108,9 @@ void check_whole(const Manifest& manifest) {
     if (size < 1) {
       throw FieldError("hidden_size, vocabulary or max_length is " + std::to_string(size));
     }
+  }
+  if (manifest.max_length > kLongest) {
+    throw FieldError("max_length is " + std::to_string(manifest.max_length));
   }
   for (const auto& [ratio, entry] : manifest.ratios) {
     if (manifest.files.count(entry.graph) == 0) {
@@ -110,7 +130,7 @@ Manifest read_manifest(const std::string& text, const std::string& place) {
     const Json data = object_in(text);
     check_version(data, place);
     check_kind(data, place);
-    Manifest manifest = manifest_of(data);
+    Manifest manifest = manifest_of(data, text);
     check_whole(manifest);
     return manifest;
   } catch (const FieldError& error) {
@@ -127,8 +147,8 @@ Bundle::Bundle(std::filesystem::path path, Manifest manifest) : path_(std::move(
 Bundle Bundle::open(const std::filesystem::path& path) {
   const std::filesystem::path place = path / kManifest;
   std::string text;
-  if (!read_whole(place, text)) {
-    throw BundleError(path.string() + " is not a bundle: cannot read " + kManifest,
+  if (path.empty() || !read_whole(place, text)) {
+    throw BundleError("'" + path.string() + "' is not a bundle: cannot read " + kManifest,
                       "a directory written by `variator export`");
   }
   Bundle bundle(path, read_manifest(text, place.string()));
@@ -143,9 +163,18 @@ Bundle Bundle::open(const std::filesystem::path& path) {
 }
 
 void Bundle::verify(const std::vector<std::string>& names) const {
+  std::vector<std::string> wanted = names;
   for (const auto& [name, entry] : manifest_.files) {
-    const bool wanted = names.empty() || std::find(names.begin(), names.end(), name) != names.end();
-    if (wanted && sha256_of_file(inside(path_, name)) != entry.sha256) {
+    if (names.empty()) {
+      wanted.push_back(name);
+    }
+  }
+  for (const std::string& name : wanted) {
+    const auto listed = manifest_.files.find(name);
+    if (listed == manifest_.files.end()) {
+      throw BundleError("'" + name + "' is not listed in the manifest of " + path_.string(), "", kExportAgain);
+    }
+    if (sha256_of_file(inside(path_, name)) != listed->second.sha256) {
       throw BundleError((path_ / name).string() + " has changed since it was exported (sha256 differs)", "", kCopyAgain);
     }
   }

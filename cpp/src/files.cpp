@@ -12,11 +12,12 @@ namespace fs = std::filesystem;
 
 fs::path inside(const fs::path& directory, const std::string& name) {
   std::error_code trouble;
-  const fs::path base = fs::weakly_canonical(directory, trouble);
-  const fs::path path = trouble ? fs::path() : fs::weakly_canonical(directory / name, trouble);
+  const fs::path whole = directory.empty() ? fs::path() : fs::absolute(directory, trouble);
+  const fs::path base = trouble ? fs::path() : fs::weakly_canonical(whole, trouble);
+  const fs::path path = trouble ? fs::path() : fs::weakly_canonical(whole / name, trouble);
   const bool plain = !name.empty() && name.find('\0') == std::string::npos && !fs::path(name).is_absolute();
   const auto meeting = std::mismatch(base.begin(), base.end(), path.begin(), path.end());
-  if (!plain || trouble || meeting.first != base.end()) {
+  if (!plain || base.empty() || trouble || meeting.first != base.end()) {
     throw BundleError("'" + name + "' is a path outside " + directory.string(),
                       "plain names of files in the directory", "export again");
   }

@@ -9,7 +9,8 @@ namespace variator {
 /// What to do about files that are not what they should be.
 inline const char* const kCopyAgain = "copy the bundle again, or export again";
 
-/// `directory / name`, refused if it would lie anywhere else (absolute, `..`, or a link that leads out).
+/// `directory / name`, refused if it would lie anywhere else (absolute, `..`, or a link that leads out),
+/// or in no directory at all.
 ///
 /// @throws BundleError If it would.
 std::filesystem::path inside(const std::filesystem::path& directory, const std::string& name);

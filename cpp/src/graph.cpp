@@ -20,9 +20,13 @@ class WireError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// One field of a message: its number, and its bytes or its number's value.
+/// The kind of field that holds a text or a message.
+constexpr std::uint64_t kBytes = 2;
+
+/// One field of a message: its number and kind, and its bytes or its number's value.
 struct WireField {
   std::uint64_t number = 0;
+  std::uint64_t kind = 0;
   std::uint64_t value = 0;
   std::string_view bytes;
 };
@@ -37,15 +41,15 @@ class Message {
       return false;
     }
     const std::uint64_t tag = varint();
-    field = {tag >> 3U, 0, {}};
-    switch (tag & 7U) {
+    field = {tag >> 3U, tag & 7U, 0, {}};
+    switch (field.kind) {
       case 0:
         field.value = varint();
         break;
       case 1:
         field.bytes = taken(8);
         break;
-      case 2:
+      case kBytes:
         field.bytes = taken(varint());
         break;
       case 5:
@@ -114,14 +118,22 @@ struct GraphInfo {
   std::vector<NodeInfo> nodes;
 };
 
+/// A field's text: ONNX Runtime skips a field of another kind, and would go by what we no longer see.
+std::string_view text_in(const WireField& field) {
+  if (field.kind != kBytes) {
+    throw WireError("field " + std::to_string(field.number) + " is no text");
+  }
+  return field.bytes;
+}
+
 std::pair<std::string, std::string> entry_in(std::string_view bytes) {
   std::pair<std::string, std::string> entry;
   Message message(bytes);
   for (WireField one; message.next(one);) {
     if (one.number == kEntryKey) {
-      entry.first = one.bytes;
+      entry.first = text_in(one);
     } else if (one.number == kEntryValue) {
-      entry.second = one.bytes;
+      entry.second = text_in(one);
     }
   }
   return entry;
@@ -132,11 +144,14 @@ TensorInfo tensor_in(std::string_view bytes) {
   Message message(bytes);
   for (WireField one; message.next(one);) {
     if (one.number == kTensorName) {
-      tensor.name = one.bytes;
+      tensor.name = text_in(one);
     } else if (one.number == kTensorPlace) {
       tensor.external = one.value == 1;
     } else if (one.number == kTensorExternal) {
-      tensor.entries.insert(entry_in(one.bytes));
+      const auto [entry, fresh] = tensor.entries.insert(entry_in(text_in(one)));
+      if (!fresh) {
+        throw WireError("a tensor has " + entry->first + " twice");
+      }
     } else if (one.number == kTensorDims && one.bytes.empty()) {
       tensor.elements *= static_cast<double>(one.value);
     } else if (one.number == kTensorDims) {  // packed
@@ -153,9 +168,9 @@ NodeInfo node_in(std::string_view bytes) {
   Message message(bytes);
   for (WireField one; message.next(one);) {
     if (one.number == kNodeType) {
-      node.type = one.bytes;
+      node.type = text_in(one);
     } else if (one.number == kNodeInput) {
-      node.inputs.emplace_back(one.bytes);
+      node.inputs.emplace_back(text_in(one));
     }
   }
   return node;
@@ -168,12 +183,12 @@ GraphInfo graph_in(std::string_view model) {
     if (part.number != kModelGraph) {
       continue;
     }
-    Message inner(part.bytes);
+    Message inner(text_in(part));
     for (WireField one; inner.next(one);) {
       if (one.number == kGraphNode) {
-        graph.nodes.push_back(node_in(one.bytes));
+        graph.nodes.push_back(node_in(text_in(one)));
       } else if (one.number == kGraphInitializer) {
-        graph.tensors.push_back(tensor_in(one.bytes));
+        graph.tensors.push_back(tensor_in(text_in(one)));
       }
     }
   }
@@ -247,7 +262,7 @@ std::string checked_precision(const std::filesystem::path& graph) {
   try {
     const GraphInfo info = graph_in(bytes);
     for (const TensorInfo& tensor : info.tensors) {
-      if (tensor.external) {
+      if (tensor.external || !tensor.entries.empty()) {
         check_place(graph, tensor);
       }
     }

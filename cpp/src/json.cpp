@@ -8,6 +8,9 @@ namespace variator {
 
 namespace {
 
+/// Deeper than anything that we write: what reads it may recurse.
+constexpr int kDeepest = 64;
+
 /// A field, refused if it is of another kind.
 const Json& checked(const Json& object, const std::string& name, bool (Json::*kind)() const noexcept) {
   const Json& value = field(object, name);
@@ -20,9 +23,15 @@ const Json& checked(const Json& object, const std::string& name, bool (Json::*ki
 }  // namespace
 
 Json object_in(const std::string& text) {
+  const auto shallow = [](int depth, Json::parse_event_t /*event*/, const Json& /*value*/) {
+    if (depth > kDeepest) {
+      throw FieldError("not JSON: more than " + std::to_string(kDeepest) + " levels deep");
+    }
+    return true;
+  };
   Json value;
   try {
-    value = Json::parse(text);
+    value = Json::parse(text, shallow);
   } catch (const Json::exception& error) {
     throw FieldError(std::string("not JSON: ") + error.what());
   }

@@ -16,7 +16,7 @@ class FieldError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Parse a text to an object.
+/// Parse a text to an object, no more than 64 levels deep.
 Json object_in(const std::string& text);
 
 /// A field of an object.

@@ -46,6 +46,12 @@ void check_types(const Row& row, std::size_t index) {
   }
 }
 
+/// Whether two shapes are the same behind the first dimensions.
+bool same_behind(std::size_t first, const std::vector<std::int64_t>& one, const std::vector<std::int64_t>& other) {
+  const auto from = static_cast<std::ptrdiff_t>(first);
+  return std::equal(one.begin() + from, one.end(), other.begin() + from, other.end());
+}
+
 /// The most rows of a length that one run may have.
 std::size_t most_rows(std::int64_t length, const std::vector<ShapeRange>& profiles) {
   std::int64_t held = 0;
@@ -150,7 +156,15 @@ void place(Outputs& outputs, const std::string& name, const std::vector<std::int
            const std::vector<std::size_t>& places, const std::vector<std::int64_t>& lengths) {
   const bool tokens = per_token(name);
   const std::size_t fixed_dimensions = tokens ? 2 : 1;
-  if (shape.size() < fixed_dimensions || shape[0] != static_cast<std::int64_t>(places.size())) {
+  std::int64_t own_longest = 0;
+  for (const std::size_t index : places) {
+    own_longest = std::max(own_longest, lengths[index]);
+  }
+  Tensor& whole = outputs[name];
+  const bool fits = shape.size() >= fixed_dimensions && shape[0] == static_cast<std::int64_t>(places.size()) &&
+                    (!tokens || shape[1] >= own_longest) &&
+                    (whole.shape.empty() || same_behind(fixed_dimensions, shape, whole.shape));
+  if (!fits) {
     throw EngineError("the graph's output " + name + " has another shape than its inputs", "", "export again");
   }
   std::size_t width = 1;  // values of a row, or of a token
@@ -159,7 +173,6 @@ void place(Outputs& outputs, const std::string& name, const std::vector<std::int
   }
   const std::int64_t longest = *std::max_element(lengths.begin(), lengths.end());
   const std::size_t per_row = tokens ? static_cast<std::size_t>(longest) * width : width;
-  Tensor& whole = outputs[name];
   if (whole.shape.empty()) {
     whole.shape = shape;
     whole.shape[0] = static_cast<std::int64_t>(lengths.size());

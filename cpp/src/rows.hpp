@@ -35,6 +35,7 @@ Feed feed_of(const std::vector<Row>& rows, const Part& part, const std::vector<s
 /// Copy a run's output into a request's: rows in the order given, token outputs up to each row's length.
 ///
 /// @param lengths Tokens of every row of the request.
+/// @throws EngineError If its shape is not that of these rows, or of the parts before.
 void place(Outputs& outputs, const std::string& name, const std::vector<std::int64_t>& shape, const float* values,
            const std::vector<std::size_t>& places, const std::vector<std::int64_t>& lengths);
 

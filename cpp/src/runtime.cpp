@@ -6,6 +6,7 @@
 
 #include "auto_queue.hpp"
 #include "built.hpp"
+#include "loaded.hpp"
 #include "machine.hpp"
 #include "rows.hpp"
 #include "scheduler.hpp"
@@ -34,16 +35,31 @@ Outputs computed(Engine& engine, const std::vector<Row>& rows, const std::vector
   return outputs;
 }
 
+std::vector<std::string> graphs_of(const Bundle& bundle) {
+  std::vector<std::string> graphs;
+  for (const auto& [ratio, entry] : bundle.manifest().ratios) {
+    graphs.push_back(entry.graph);
+  }
+  return graphs;
+}
+
 }  // namespace
 
 Tokenizer::~Tokenizer() = default;
+
+Row Tokenizer::truncated(const std::string& /*text*/, std::int64_t limit) const {
+  throw InputError("a text is longer than " + std::to_string(limit) + " tokens, and the tokenizer given cannot truncate",
+                   "texts of up to " + std::to_string(limit) + " tokens", "shorten it, or override Tokenizer::truncated");
+}
 
 class Runtime::Impl {
  public:
   Impl(Bundle bundle, OpenOptions options)
       : bundle_(std::move(bundle)),
         options_(std::move(options)),
-        threads_(options_.threads > 0 ? options_.threads : cores()) {
+        threads_(options_.threads > 0 ? options_.threads : cores()),
+        engines_(graphs_of(bundle_),
+                 [this](const std::string& graph) { return load_engine(bundle_, built_, graph, threads_); }) {
     if (options_.threads < 0 || options_.max_queue < 1) {
       throw InputError("threads is " + std::to_string(options_.threads) + ", max_queue " +
                            std::to_string(options_.max_queue),
@@ -82,22 +98,18 @@ class Runtime::Impl {
     }
     std::vector<Row> rows;
     rows.reserve(texts.size());
+    const std::int64_t limit = bundle_.manifest().max_length;
     for (const std::string& text : texts) {
       rows.push_back(options_.tokenizer->encode(text));
+      if (options.truncate && static_cast<std::int64_t>(rows.back().ids.size()) > limit) {
+        rows.back() = options_.tokenizer->truncated(text, limit);
+      }
     }
-    return infer(rows, ratio, options);
+    return infer(rows, ratio, {/*truncate=*/false, options.slo_ms});
   }
 
   /// The engine of a ratio, loaded if it is not yet.
-  Engine& engine(const Key& ratio) {
-    const std::string& graph = bundle_.ratio(ratio).graph;
-    const std::scoped_lock hold(load_lock_);
-    std::unique_ptr<Engine>& found = engines_[graph];
-    if (!found) {
-      found = load_engine(bundle_, built_, graph, threads_);
-    }
-    return *found;
-  }
+  Engine& engine(const Key& ratio) { return engines_.at(bundle_.ratio(ratio).graph); }
 
   const Bundle& bundle() const noexcept { return bundle_; }
   const EngineRecord& record() const noexcept { return built_.record; }
@@ -156,8 +168,8 @@ class Runtime::Impl {
   int threads_;
   BuiltEngine built_;
   std::string picked_;
-  std::mutex load_lock_, compute_lock_, queue_lock_;
-  std::map<std::string, std::unique_ptr<Engine>> engines_;
+  std::mutex compute_lock_, queue_lock_;
+  Loaded engines_;
   std::unique_ptr<AutoQueue> queue_;
 };
 

@@ -76,10 +76,13 @@ Scheduler::Scheduler(Costs costs, Policy policy, double slo_ms, int max_queue)
 
 void Scheduler::submit(Request& request, double now) {
   rest(now);
+  const std::vector<int>& buckets = costs_.buckets();
+  if (request.length < 1 || request.length > buckets.back()) {
+    throw InputError("a row of " + std::to_string(request.length) + " tokens", "1 to " + std::to_string(buckets.back()));
+  }
   if (static_cast<int>(all_.size()) >= max_queue_) {
     throw Overloaded(std::to_string(all_.size()) + " requests are waiting", "", "try again later, or send less");
   }
-  const std::vector<int>& buckets = costs_.buckets();
   request.bucket =
       static_cast<int>(std::lower_bound(buckets.begin(), buckets.end(), request.length) - buckets.begin());
   const double least = costs_.ms(costs_.levels() - 1, request.rows, request.bucket) * pace_;

@@ -49,6 +49,7 @@ class Scheduler {
 
   /// Let a request wait.
   ///
+  /// @throws InputError If it is longer than any bucket.
   /// @throws DeadlineExceeded If it cannot be answered in time even at the highest ratio.
   /// @throws Overloaded If the queue is full.
   void submit(Request& request, double now);
@@ -67,6 +68,7 @@ class Scheduler {
   /// Who is served next, if anybody waits.
   Request* first() const { return all_.empty() ? nullptr : all_.begin()->second; }
 
+  std::size_t waiting() const noexcept { return all_.size(); }
   const Costs& costs() const noexcept { return costs_; }
 
  private:

@@ -41,8 +41,8 @@ class Listening final : public trt::ILogger {
 };
 
 Listening& logger() {
-  static Listening one;  // the library takes one per process
-  return one;
+  static auto* one = new Listening;  // the library takes one per process, and may speak until the process has ended
+  return *one;
 }
 
 void check(bool fine, const std::string& what) {
@@ -56,6 +56,22 @@ void check(cudaError_t status, const std::string& what) {
     throw EngineError("CUDA failed at " + what + ": " + cudaGetErrorString(status));
   }
 }
+
+/// Makes the first GPU that of this thread, and gives back what the caller had. Engines live on it alone.
+class FirstGpu {
+ public:
+  FirstGpu() noexcept : status_(cudaGetDevice(&before_)) {
+    status_ = status_ == cudaSuccess ? cudaSetDevice(0) : status_;
+  }
+  FirstGpu(const FirstGpu&) = delete;
+  FirstGpu& operator=(const FirstGpu&) = delete;
+  ~FirstGpu() { cudaSetDevice(before_); }
+  cudaError_t status() const noexcept { return status_; }
+
+ private:
+  int before_ = 0;
+  cudaError_t status_;
+};
 
 /// GPUs that can be used; 0 without a driver. Asked first of all: without one the library may return a pointer to nothing.
 int gpus() {
@@ -286,6 +302,34 @@ class TensorRtEngine final : public Engine {
   int chosen_ = -1;
 };
 
+/// A plan that is loaded, run and given up on the first GPU, whichever the calling thread uses.
+class PinnedEngine final : public Engine {
+ public:
+  explicit PinnedEngine(const std::filesystem::path& plan) {
+    const FirstGpu pinned;
+    check(pinned.status(), "the choice of the GPU");
+    engine_ = std::make_unique<TensorRtEngine>(plan);
+  }
+  PinnedEngine(const PinnedEngine&) = delete;
+  PinnedEngine& operator=(const PinnedEngine&) = delete;
+  ~PinnedEngine() override {
+    const FirstGpu pinned;
+    engine_.reset();
+  }
+
+  void run(const Feed& feed, const Sink& sink) override {
+    const FirstGpu pinned;
+    check(pinned.status(), "the choice of the GPU");
+    engine_->run(feed, sink);
+  }
+
+  std::string precision() const override { return engine_->precision(); }
+  std::vector<ShapeRange> profiles() const override { return engine_->profiles(); }
+
+ private:
+  std::unique_ptr<TensorRtEngine> engine_;
+};
+
 /// The first three numbers of a version: 10.16.1.11 -> 10.16.1.
 std::string short_version(const std::string& version) {
   std::istringstream parts(version);
@@ -306,6 +350,8 @@ std::string version_here() {
          std::to_string(version % kMinor);
 }
 
+const char* const kCapabilities = "compute_capabilities";
+
 cudaDeviceProp properties() {
   cudaDeviceProp found{};
   check(cudaGetDeviceProperties(&found, 0), "the properties of the GPU");
@@ -318,7 +364,7 @@ std::map<std::string, std::string> machine_here() {
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "the driver's version");
   return {{"gpu", gpu.name},
-          {"compute_capabilities", std::to_string(gpu.major) + "." + std::to_string(gpu.minor)},
+          {kCapabilities, std::to_string(gpu.major) + "." + std::to_string(gpu.minor)},
           {"cuda", std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10)}};
 }
 
@@ -336,6 +382,9 @@ class TensorRtBackend final : public Backend {
              version_here() + " is here";
     }
     const auto here = machine_here();
+    if (record.target.count(kCapabilities) == 0) {
+      return std::string("it does not say which ") + kCapabilities + " it was built for";
+    }
     for (const auto& [part, value] : record.target) {
       const auto found = here.find(part);
       if (found == here.end() || found->second != value) {
@@ -356,7 +405,7 @@ class TensorRtBackend final : public Backend {
     if (gpus() == 0) {
       throw EngineError("there is no NVIDIA GPU that can be used");
     }
-    return std::make_unique<TensorRtEngine>(inside(directory, plan_of(graph)));
+    return std::make_unique<PinnedEngine>(inside(directory, plan_of(graph)));
   }
 
  private:

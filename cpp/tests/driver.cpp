@@ -4,19 +4,32 @@
 ///   threads    the same requests by many threads at once: all answers
 ///   policies   states of a queue: the decision of each
 ///   schedule   what happens to a queue: batches, refusals, pace
+///   auto       calls that share a queue over an engine that is made up: each one's answer
+///   place      a run's outputs of given shapes, placed into a request's
+///   loads      graphs asked for while the first is being loaded
+///   verify     named files of a bundle
 ///   hash       sha256 of a text
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <exception>
 #include <fstream>
+#include <future>
 #include <iostream>
 #include <iterator>
+#include <limits>
 #include <list>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "auto_queue.hpp"
 #include "json.hpp"
+#include "loaded.hpp"
+#include "rows.hpp"
 #include "scheduler.hpp"
 #include "sha256.hpp"
 #include "variator/variator.hpp"
@@ -35,6 +48,32 @@ class Letters final : public variator::Tokenizer {
     }
     return row;
   }
+};
+
+/// The words of a bundle's tokenizer between the marks that it puts around them; truncates as that tokenizer does.
+class Words final : public variator::Tokenizer {
+ public:
+  explicit Words(const std::string& bundle) {
+    std::ifstream file(bundle + "/tokenizer.json");
+    vocabulary_ = Json::parse(file)["model"]["vocab"];
+  }
+
+  variator::Row encode(const std::string& text) const override {
+    return truncated(text, std::numeric_limits<std::int64_t>::max());
+  }
+
+  variator::Row truncated(const std::string& text, std::int64_t limit) const override {
+    variator::Row row{{vocabulary_["[CLS]"]}, {}};
+    std::istringstream words(text);
+    for (std::string word; static_cast<std::int64_t>(row.ids.size()) < limit - 1 && words >> word;) {
+      row.ids.push_back(vocabulary_[word]);
+    }
+    row.ids.push_back(vocabulary_["[SEP]"]);
+    return row;
+  }
+
+ private:
+  Json vocabulary_;
 };
 
 std::string kind_of(const std::exception& error) {
@@ -102,8 +141,11 @@ variator::Runtime opened(const Json& given) {
   options.policy = given.value("policy", options.policy);
   options.slo_ms = given.value("slo_ms", options.slo_ms);
   options.max_queue = given.value("max_queue", options.max_queue);
-  if (given.value("tokenizer", false)) {
+  const std::string tokenizer = given.value("tokenizer", "");
+  if (tokenizer == "letters") {
     options.tokenizer = std::make_shared<Letters>();
+  } else if (tokenizer == "words") {
+    options.tokenizer = std::make_shared<Words>(given["bundle"].get<std::string>());
   }
   return variator::Runtime(given["bundle"].get<std::string>(), options);
 }
@@ -233,6 +275,128 @@ Json schedule(const Json& given) {
   return happened;
 }
 
+/// Wait for something that other threads do.
+template <typename Condition>
+void until(const Condition& condition) {
+  while (!condition()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+/// A call each, in a thread each: the first one's batch ends when all others wait or have been answered, those that
+/// `expire` in any case. An answer holds its rows' ids and the number of their batch; a batch with an id among `throws`
+/// fails, a row with one among `nan` gets no number.
+Json share(const Json& given) {
+  const auto among = [&given](const char* list, std::int64_t id) {
+    return std::find(given[list].begin(), given[list].end(), id) != given[list].end();
+  };
+  std::atomic<int> batches{0};
+  std::promise<void> release;
+  const std::shared_future<void> released = release.get_future().share();
+  variator::Scheduler scheduler(costs_of(given), policy_of(given["policy"]), given["slo_ms"], given["max_queue"]);
+  variator::AutoQueue queue(std::move(scheduler), [&](const variator::Key&, const std::vector<variator::Row>& rows) {
+    const auto number = static_cast<float>(batches++);
+    released.wait();
+    variator::Tensor ours{{static_cast<std::int64_t>(rows.size()), 2}, {}};
+    for (const variator::Row& row : rows) {
+      if (among("throws", row.ids[0])) {
+        throw variator::EngineError("made up");
+      }
+      ours.values.push_back(static_cast<float>(row.ids[0]));
+      ours.values.push_back(among("nan", row.ids[0]) ? std::numeric_limits<float>::quiet_NaN() : number);
+    }
+    return variator::Computed{{{"made", ours}}, 1.0};
+  });
+  const Json& calls = given["calls"];
+  std::vector<Json> answers(calls.size());
+  std::vector<std::thread> running;
+  std::atomic<std::size_t> answered{0};
+  for (std::size_t index = 0; index < calls.size(); ++index) {
+    running.emplace_back([&, index] {
+      const Json& call = calls[index];
+      std::vector<variator::Row> rows;
+      for (const Json& id : call["ids"]) {
+        rows.push_back({std::vector<std::int64_t>(call["length"].get<std::size_t>(), id), {}});
+      }
+      try {
+        answers[index] = answer_of(queue.infer(rows, call["slo_ms"]));
+      } catch (const std::exception& error) {
+        answers[index] = told(error);
+      }
+      ++answered;
+    });
+    until([&] { return batches == 1 && queue.waiting() + answered == index; });
+  }
+  until([&] { return answered >= given["expire"].get<std::size_t>(); });
+  release.set_value();
+  for (std::thread& thread : running) {
+    thread.join();
+  }
+  return answers;
+}
+
+/// Parts of one request: the shape of its outputs, or the kind of the error.
+Json placed(const Json& given) {
+  variator::Outputs outputs;
+  try {
+    for (const Json& part : given["parts"]) {
+      const auto shape = part["shape"].get<std::vector<std::int64_t>>();
+      std::int64_t size = 1;
+      for (const std::int64_t one : shape) {
+        size *= one;
+      }
+      const std::vector<float> values(static_cast<std::size_t>(size), 1.0F);
+      variator::place(outputs, given["name"], shape, values.data(), part["places"].get<std::vector<std::size_t>>(),
+                      given["lengths"].get<std::vector<std::int64_t>>());
+    }
+    return outputs[given["name"]].shape;
+  } catch (const std::exception& error) {
+    return told(error);
+  }
+}
+
+/// An engine that does nothing.
+class Idle final : public variator::Engine {
+ public:
+  void run(const variator::Feed& /*feed*/, const variator::Sink& /*sink*/) override {}
+  std::string precision() const override { return "none"; }
+};
+
+/// Two graphs: the second is loaded and used while the first's load goes on; two threads ask for that one, one load fails.
+Json loads() {
+  std::atomic<int> begun{0};
+  std::promise<void> release;
+  const std::shared_future<void> released = release.get_future().share();
+  variator::Loaded loaded({"slow", "fast"}, [&](const std::string& graph) -> std::unique_ptr<variator::Engine> {
+    if (graph == "slow") {
+      ++begun;
+      released.wait();
+      if (begun == 1) {
+        throw variator::EngineError("made up");
+      }
+    }
+    return std::make_unique<Idle>();
+  });
+  std::atomic<int> failed{0};
+  std::vector<std::thread> waiting;
+  for (int thread = 0; thread < 2; ++thread) {
+    waiting.emplace_back([&] {
+      try {
+        loaded.at("slow");
+      } catch (const variator::EngineError&) {
+        ++failed;
+      }
+    });
+  }
+  until([&] { return begun == 1; });
+  const bool same = &loaded.at("fast") == &loaded.at("fast");  // does not come back if it waits for the other
+  release.set_value();
+  for (std::thread& thread : waiting) {
+    thread.join();
+  }
+  return {{"same", same}, {"begun", begun.load()}, {"failed", failed.load()}};
+}
+
 Json run(const std::string& command, const Json& given) {
   if (command == "infer") {
     return infer(given);
@@ -246,10 +410,23 @@ Json run(const std::string& command, const Json& given) {
   if (command == "schedule") {
     return schedule(given);
   }
+  if (command == "auto") {
+    return share(given);
+  }
+  if (command == "place") {
+    return placed(given);
+  }
+  if (command == "loads") {
+    return loads();
+  }
+  if (command == "verify") {
+    variator::Bundle::open(given["bundle"].get<std::string>()).verify(given["names"].get<std::vector<std::string>>());
+    return "verified";
+  }
   if (command == "hash") {
     return variator::sha256_of(given["text"].get<std::string>());
   }
-  throw variator::InputError("no command '" + command + "'", "infer, threads, policies, schedule, hash");
+  throw variator::InputError("no command '" + command + "'", "infer, threads, policies, schedule, auto, place, loads, verify, hash");
 }
 
 }  // namespace

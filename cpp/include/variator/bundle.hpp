@@ -51,12 +51,12 @@ class VARIATOR_EXPORT Bundle {
   /// Open a bundle: read its manifest and compare every listed file's size. Hashes: see `verify`.
   ///
   /// @throws BundleError If it is not a bundle, of an unknown version, or a file is missing, of another size, or outside
-  ///   of it; or if it is of a kind that only Python serves so far: pictures, decoders, the shared layout.
+  ///   of it; or if it is of a kind that only Python serves so far: pictures, decoders, prompts, the shared layout.
   static Bundle open(const std::filesystem::path& path);
 
   /// Hash the named files, or all, and compare with the manifest.
   ///
-  /// @throws BundleError If one differs.
+  /// @throws BundleError If one differs, or is not listed there.
   void verify(const std::vector<std::string>& names = {}) const;
 
   /// The ratios it holds, ascending, then other settings by name.

@@ -34,6 +34,12 @@ class VARIATOR_EXPORT Tokenizer {
 
   /// Called by several threads at once.
   virtual Row encode(const std::string& text) const = 0;
+
+  /// The same in no more than `limit` tokens, by the tokenizer's own truncation, which keeps the special tokens. Called
+  /// for texts that are longer, with `InferOptions::truncate`.
+  ///
+  /// @throws InputError Unless it is overridden.
+  virtual Row truncated(const std::string& text, std::int64_t limit) const;
 };
 
 /// fp32 values, row by row.
@@ -72,7 +78,7 @@ struct OpenOptions {
 
 /// What a request may say beside its ratio.
 struct InferOptions {
-  /// Cut what is longer than the model's limit, at the end, instead of refusing it.
+  /// Cut what is longer than the model's limit instead of refusing it: token ids at the end, texts as the tokenizer does.
   bool truncate = false;
   /// With ratio `auto`: ms from call to answer; none takes that of `OpenOptions`.
   std::optional<double> slo_ms = {};

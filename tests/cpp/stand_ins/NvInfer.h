@@ -12,7 +12,7 @@
 
 #include "cuda_runtime_api.h"
 
-inline std::int32_t getInferLibVersion() noexcept { return 101601; }
+extern "C" std::int32_t getInferLibVersion() noexcept;  // in nvinfer.cpp: who calls it has to link
 
 namespace nvinfer1 {
 
