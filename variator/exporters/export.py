@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import re
 import shutil
 import tempfile
@@ -171,7 +172,7 @@ def export(
         if backbone.decoder is not None:
             decoder = _export_decoder(backbone, backbone.decoder, settings.precision, store, directory, on_stage)
         if backbone.tokenizer is not None:
-            backbone.tokenizer.save_pretrained(directory)
+            _save_tokenizer(backbone.tokenizer, directory)
         for file in directory.iterdir():  # a tokenizer may bring folders or code; a bundle is flat data
             if file.is_dir():
                 shutil.rmtree(file)
@@ -205,6 +206,16 @@ def _place(
             if path.suffix != ".data":
                 path.unlink()
         yield directory, WeightStore(directory, beside / JOURNAL)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # the system's errors come as plain ones out of Rust, their number in the text
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _plugin_for(backbone: Backbone, ratio: Key, settings: ExportSettings) -> Plugin:
