@@ -281,7 +281,10 @@ def stream_backbone(model: str, task: str | None = None, name: str | None = None
     auto = _class_of(family, config, task)
     concrete = auto._model_mapping[type(config)] if hasattr(auto, "_model_mapping") else auto
     prefix = f"{concrete.base_model_prefix}."
-    weights = Layered(open_stream(model, prefix), family, config)
+    tensors = open_stream(model, prefix)
+    with torch.device("meta"):
+        tensors.check(concrete(config), lambda name: _needed(name, task, family))
+    weights = Layered(tensors, family, config)
     sizes = family.encoder_config(config)
     decodes = task == "seq2seq" and family.decoder is not None
     parts = family.decoder(weights, config, sizes) if decodes and family.decoder else None
@@ -324,7 +327,7 @@ def _generation(directory: Path) -> Any:
 
 def _placeholder_decoder(parts: DecoderParts, token: nn.Embedding, stream: Stream) -> Decoder:
     """A decoder that holds nothing, over the encoder's embedding table."""
-    output = None if parts.output is None else nn.Parameter(torch.empty(parts.output.shape, device="meta"), False)
+    output = None if parts.output is None else nn.Parameter(torch.empty_like(token.weight.t(), device="meta"), False)
     with torch.device("meta"):
         decoder = Decoder(parts.config, token, output, parts.scale)
     placeholders(decoder, stream.decoder, {"token.weight": token.weight})
@@ -333,7 +336,7 @@ def _placeholder_decoder(parts: DecoderParts, token: nn.Embedding, stream: Strea
 
 def _decoder(parts: DecoderParts, token: nn.Embedding) -> Decoder:
     """A decoder with its tensors, over the encoder's embedding table."""
-    output = None if parts.output is None else nn.Parameter(parts.output.float())
+    output = None if parts.output is None else nn.Parameter(parts.output().float())
     decoder = Decoder(parts.config, token, output, parts.scale)
     tables = {"token.weight": token.weight, **({} if output is None else {"vocabulary": output})}
     decoder.load_state_dict({**{k: v.float() for k, v in parts.state().items()}, **tables}, assign=True)
@@ -352,8 +355,8 @@ def _gap_head(
     except InputError as error:
         raise BackboneError(f"{FILE} of {model!r}: {error}") from error
     known = nn.Embedding(2, table.embedding_dim, _weight=table.weight[[start, gap]].clone())
-    output = table.weight[words].t() if parts.output is None else parts.output[:, words].float()
-    return GapHead(_decoder(replace(parts, output=output.contiguous()), known))
+    output = table.weight[words].t() if parts.output is None else parts.output()[:, words].float()
+    return GapHead(_decoder(replace(parts, output=output.contiguous), known))
 
 
 def start_of(original: Any) -> int | None:
@@ -416,8 +419,7 @@ def _load(auto_class: Any, model: str, **options: Any) -> Any:
 
 def _load_original(auto_class: Any, model: str, task: str, family: Family) -> PreTrainedModel:
     original, report = _load(auto_class, model, output_loading_info=True, dtype=torch.float32)
-    head_of_pooler = task == "classify" and bool(family.classifier and family.classifier.dense.startswith("pooler"))
-    missing = [key for key in report["missing_keys"] if head_of_pooler or ".pooler." not in f".{key}"]
+    missing = [key for key in report["missing_keys"] if _needed(key, task, family)]
     if missing:
         raise BackboneError(
             f"{model!r} lacks {len(missing)} tensors that task {task!r} needs, the first {sorted(missing)[0]!r}",
@@ -425,6 +427,12 @@ def _load_original(auto_class: Any, model: str, task: str, family: Family) -> Pr
         )
     loaded: PreTrainedModel = original.eval().requires_grad_(False)
     return loaded
+
+
+def _needed(name: str, task: str, family: Family) -> bool:
+    """Whether a tensor of transformers' model is computed with: a pooler is by some classifiers alone."""
+    of_pooler = task == "classify" and bool(family.classifier and family.classifier.dense.startswith("pooler"))
+    return of_pooler or ".pooler." not in f".{name}"
 
 
 def _detect_task(config: PretrainedConfig, files: Mapping[str, Any]) -> str:
