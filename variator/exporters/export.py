@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,6 +159,13 @@ def export(
         backbone.config.check(plugin.config)
     if backbone.decoder is not None:
         _ = backbone.special  # else it would fail when all else is done
+        if backbone.unapplied:
+            told = ", ".join(f"{name} {value!r}" for name, value in backbone.unapplied.items())
+            warnings.warn(
+                f"{backbone.id} asks for {told} when texts are generated, which a bundle does not do by itself: beams "
+                "and a length penalty are a request's, the others are not computed",
+                stacklevel=2,
+            )
     profile = _profile(backbone, plugins) if settings.layout == SHARED else None
     for plugin in plugins.values():
         if plugin.head is not None and (profile is None or not profile.head):

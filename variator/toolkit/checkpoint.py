@@ -47,6 +47,34 @@ TORCH_ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modul
 """Activation classes that a sentence-transformers Dense module may name -> ours."""
 
 
+GENERATION: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "do_sample": False,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "watermarking_config": None,
+}
+"""Settings of transformers' `generate` that change which tokens come, and the values that leave them alone."""
+
+
 class Model(nn.Module):
     """Encoder and head: ids in, the task's outputs out."""
 
@@ -141,16 +169,24 @@ class Backbone:
         return tuple(str(named.get(place, "")) for place in range(self.model.head.output.weight.shape[1]))
 
     @property
+    def _generating(self) -> Any:
+        return getattr(self.original, "generation_config", None) or self.generation or self.checkpoint
+
+    @property
+    def unapplied(self) -> dict[str, Any]:
+        """What else the checkpoint says of how texts are generated, and `engines.generation` does not do by itself."""
+        found = {name: getattr(self._generating, name, None) for name in GENERATION}
+        return {name: value for name, value in found.items() if value not in (None, [], GENERATION[name])}
+
+    @property
     def special(self) -> Special:
         """What texts are generated with.
 
         Raises:
             BackboneError: If the checkpoint does not say which token starts a text and which ends it.
         """
-        config: Any = getattr(self.original, "generation_config", None) or self.generation or self.checkpoint
-        start, ends, pad = (
-            getattr(config, name, None) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-        )
+        names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+        start, ends, pad = (getattr(self._generating, name, None) for name in names)
         if start is None or ends is None or pad is None:
             raise BackboneError(
                 f"{self.id} does not say how texts begin, end and are padded",
