@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from variator.engines.build import build
 from variator.engines.built import LATENCY_FILE
@@ -111,6 +112,17 @@ def write_checkpoint(kind: str, directory: Path, auto: str = "AutoModel", **sett
         torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.2)
     model.save_pretrained(directory)
     write_word_tokenizer(120, directory)
+    return directory
+
+
+def untie(directory: Path) -> Path:
+    """Give a T5 a table of its own for its answers, as v1.1, Flan and mT5 have: transformers makes tied ones alone."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    table = tensors["shared.weight"]
+    drawn = torch.randn(table.shape, generator=torch.Generator().manual_seed(7)) * table.float().std()
+    save_file({**tensors, "lm_head.weight": drawn.to(table.dtype)}, file, {"format": "pt"})
     return directory
 
 

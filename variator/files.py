@@ -148,6 +148,11 @@ def directory_resumed(final: Path, made_from: Any, *, replace: bool = False) -> 
             _tidy(final, aside)
         claim(work, made_from, anew=True)
         inner = work / "result"
+        for path in work.iterdir():  # what a killed process has left: neither result nor notes
+            if path.is_dir() and path != inner:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix == ".part":
+                path.unlink(missing_ok=True)
         try:
             inner.mkdir(exist_ok=True)
             yield inner, work
@@ -162,12 +167,11 @@ def directory_resumed(final: Path, made_from: Any, *, replace: bool = False) -> 
         with disk_errors(final):
             if final.exists() and not replace:
                 raise VariatorError(f"{final} has appeared meanwhile", fix="choose another name, or pass --overwrite")
-            (work / MARK).unlink(missing_ok=True)  # from here on there is nothing to go on with
             if final.exists():
                 _exchange(inner, final, aside)
             else:
                 inner.rename(final)
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)  # what is left of it after a kill begins anew
 
 
 @contextlib.contextmanager

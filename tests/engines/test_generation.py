@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +17,22 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 from typer.testing import CliRunner
 
-from tests.conftest import lively, write_checkpoint
+from tests.conftest import lively, untie, write_checkpoint
 from variator.cli import app
+from variator.engines import seq2seq
 from variator.engines.build import build
 from variator.engines.generation import GenerateSettings
-from variator.engines.runtime import Runtime
+from variator.engines.runtime import BLANK, Result, Runtime
 from variator.errors import BundleError, EngineError, InputError
+from variator.exporters import export as export_module
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.graph import Compressed
 from variator.toolkit.bundle import DECODER_GRAPH, Bundle
-from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.checkpoint import Backbone, load_backbone, stream_backbone
 from variator.toolkit.plugin import compression
 from variator.toolkit.plugin_file import save_plugin
+from variator.toolkit.rows import Row
+from variator.training.student import answering, writing
 
 LIMIT = 12
 SEQ2SEQ = "AutoModelForSeq2SeqLM"
@@ -56,11 +65,20 @@ def by_transformers(backbone: Backbone, rows: list[list[int]], beams: int, **opt
 def make(kind: str, directory: Path) -> Path:
     """A checkpoint whose texts end now and then: the end is a token that its texts hold."""
     settings = {"decoder_start_token_id": 0, "eos_token_id": 119, "pad_token_id": 0}
-    loaded = load_backbone(str(write_checkpoint(kind, directory / "first", SEQ2SEQ, **settings)))
+    loaded = load_backbone(str(write(kind, directory / "first", **settings)))
     texts = by_transformers(loaded, prompts(30), 1)
     common = [token for token, _ in Counter(token for text in texts for token in text[2:]).most_common()]
     settings["eos_token_id"] = common[len(common) // 3]
-    return write_checkpoint(kind, directory / kind, SEQ2SEQ, **settings)
+    return write(kind, directory / kind, **settings)
+
+
+def write(kind: str, directory: Path, **settings: object) -> Path:
+    """A checkpoint; but for T5 v1.0 with a vocabulary of its own for answers."""
+    model = write_checkpoint(kind, directory, SEQ2SEQ, **settings)
+    tokenizer = model / "tokenizer.json"
+    assert '"w50"' in tokenizer.read_text()
+    tokenizer.write_text(tokenizer.read_text().replace('"w50"', f'"{BLANK}"'))
+    return model if kind == "t5" else untie(model)
 
 
 @pytest.fixture(scope="module", params=["t5", "t5, gated", "mt5"])
@@ -75,6 +93,12 @@ def writer(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bund
     exported = export(backbone, path / "bundle", ExportSettings((4,), path / "plugins"))
     build(exported, "onnxruntime", "fp32")
     return exported
+
+
+def test_transformers_itself_has_a_vocabulary_of_its_own_where_the_checkpoint_has(backbone: Backbone) -> None:
+    tied = torch.equal(backbone.original.lm_head.weight, backbone.original.shared.weight)
+    assert backbone.decoder is not None
+    assert tied == (backbone.decoder.vocabulary is None) == (backbone.id == "t5")
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -120,17 +144,81 @@ def test_neighbours_do_not_change_a_text(writer: Bundle) -> None:
             assert together == [runtime.generate([row], ratio=4, settings=settings).ids[0] for row in rows]
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_what_is_too_large_for_a_step_goes_in_parts(
+    writer: Bundle, monkeypatch: pytest.MonkeyPatch, beams: int
+) -> None:
+    rows, settings = prompts(40, seed=7), GenerateSettings(LIMIT, beams)
+    assert writer.manifest.decoder is not None
+    most = 150 * beams * 4 * writer.manifest.decoder.width
+    with Runtime.open(writer) as runtime:
+        whole, scores = (
+            runtime.generate(rows, ratio=4, settings=settings),
+            runtime.score(rows, ["w7"], ratio=4, prefix=""),
+        )
+        infer, parts = runtime.infer, list[list[int]]()
+
+        def counted(inputs: Sequence[Row], **options: Any) -> Result:
+            parts.append([len(row.ids) for row in inputs])
+            return infer(inputs, **options)
+
+        monkeypatch.setattr(runtime, "infer", counted)
+        monkeypatch.setattr(seq2seq, "BYTES_PER_STEP", most)
+        found = runtime.generate(rows, ratio=4, settings=settings)
+        assert found.ids == whole.ids and found.steps > whole.steps
+        assert [length for part in parts for length in part] == [len(row) for row in rows]
+        assert len(parts) > 3 and max(map(len, parts)) > 1
+        for part in parts:
+            assert len(part) == 1 or len(part) * (max(part) + LIMIT) <= 150
+        parts.clear()
+        again = runtime.score(rows, ["w7"], ratio=4, prefix="")
+        assert len(parts) > 1 and again.lengths == scores.lengths == [len(row) for row in rows]
+        np.testing.assert_allclose(again.outputs["logits"], scores.outputs["logits"], rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(seq2seq, "BYTES_PER_STEP", 1)
+        parts.clear()
+        assert runtime.generate(rows[:3], ratio=4, settings=settings).ids == whole.ids[:3] and len(parts) == 3
+
+
+def test_settings_of_the_checkpoint_that_are_not_computed_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = {"decoder_start_token_id": 0, "eos_token_id": 119, "pad_token_id": 0}
+    plain = write_checkpoint("t5", tmp_path / "plain", SEQ2SEQ, **ends)
+    other = shutil.copytree(plain, tmp_path / "other")
+    asked = {"no_repeat_ngram_size": 1, "min_length": 3, "num_beams": 4}
+    (other / "generation_config.json").write_text(json.dumps({**ends, **asked}))
+    one, two = load_backbone(str(plain)), load_backbone(str(other))
+    assert not one.unapplied and two.unapplied == stream_backbone(str(other)).unapplied == asked
+
+    rows = [Row(row, [0] * len(row)) for row in prompts(20)]
+    texts = [writing(backbone, answering(backbone, None))(rows) for backbone in (one, two)]
+    assert texts[0] == texts[1] and two.original.generation_config.min_length == 3
+    assert by_transformers(two, prompts(20), 1) != by_transformers(one, prompts(20), 1)
+
+    def stop(*given: object) -> None:
+        raise InputError("enough")
+
+    monkeypatch.setattr(export_module, "_place", stop)
+    for backbone, warned in ((one, []), (two, ["no_repeat_ngram_size 1"])):
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(InputError, match="enough"):
+            warnings.simplefilter("always")
+            export(backbone, tmp_path / "bundle", ExportSettings(()))
+        told = [str(one.message) for one in caught if "texts are generated" in str(one.message)]
+        assert len(told) == len(warned) and all(part in told[0] for part in warned)
+
+
 def test_candidates_are_scored_at_the_gap(writer: Bundle, backbone: Backbone) -> None:
     rows = prompts(7, seed=4)
     ids, mask = padded(rows)
     with Runtime.open(writer) as runtime:
         tokens = [runtime.tokenizer.token_to_id(word) for word in ("w7", "w3", "w40")]
-        for prefix, given in (("", [0]), ("w5", [0, runtime.tokenizer.token_to_id("w5")])):
-            found = runtime.score(rows, ["w7", "w3", "w40"], ratio=1, prefix=prefix)
+        blank, other = (runtime.tokenizer.token_to_id(word) for word in (BLANK, "w5"))
+        for options, given in (({}, [0, blank]), ({"prefix": ""}, [0]), ({"prefix": "w5"}, [0, other])):
+            found = runtime.score(rows, ["w7", "w3", "w40"], ratio=1, **options)
             expected = backbone.original(ids, mask, decoder_input_ids=torch.tensor([given] * 7)).logits[:, -1, tokens]
             np.testing.assert_allclose(found.outputs["logits"], expected.numpy(), rtol=1e-3, atol=1e-4)
         with pytest.raises(InputError, match="no token"):
-            runtime.score(rows, ["w7"], ratio=1)  # this toy has no <extra_id_0>
+            runtime.score(rows, ["w7"], ratio=1, prefix="nothing")
         for candidates in ([], ["w7", "w7"], [""]):
             with pytest.raises(InputError, match="candidate"):
                 runtime.score(rows, candidates, ratio=1, prefix="")
@@ -212,6 +300,14 @@ def test_the_command_writes_and_scores(writer: Bundle) -> None:
     assert done.exit_code == 0, done.output
     assert "decode" in done.output and "ratio 4" in done.output
     assert '"finished"' in run(app, [*command, "--json"]).output
+    with Runtime.open(writer) as runtime:
+        expected = runtime.score(["w1 w2 w3"], ["w7", "w3"], ratio=4).outputs["logits"]
+    command, words = [*command[:6], "--json"], ["--candidate", "w7", "--candidate", "w3"]
+    np.testing.assert_allclose(
+        json.loads(run(app, [*command, *words]).stdout)["outputs"]["logits"], expected, rtol=1e-4
+    )
+    refused = run(app, [*command, *words, "--beams", "2"])
+    assert isinstance(refused.exception, InputError) and "--candidate alone" in str(refused.exception)
     assert "decoder: 2 layers" in run(app, ["inspect", str(writer.path)]).output
 
 

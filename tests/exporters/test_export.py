@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -14,11 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import write_checkpoint
-from variator.errors import GateError, InputError, PluginError
+from variator.errors import GateError, InputError, PluginError, VariatorError
 from variator.exporters import export as export_module
 from variator.exporters.export import ExportSettings, export
 from variator.exporters.flops import count_flops
-from variator.exporters.gate import Case, compare, load_cases
+from variator.exporters.gate import Case, compare, load_cases, save_cases
 from variator.exporters.graph import Compressed
 from variator.toolkit.bundle import GATE_FILE, Bundle
 from variator.toolkit.checkpoint import Backbone, load_backbone
@@ -229,6 +231,21 @@ def test_a_killed_export_leaves_nothing_and_a_rerun_finishes(checkpoint: Path, t
     assert Bundle.open(tmp_path / "bundle").ratios == [1, 2] and [path.name for path in tmp_path.iterdir()] == [
         "bundle"
     ]
+
+
+def test_a_full_disk_is_told_as_one(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        export_module._save_tokenizer(backbone.tokenizer, tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(VariatorError, match=r"No space left(.|\n)*free disk space"):
+        save_cases([Case({"input_ids": np.zeros((1, 2), np.int64)}, {})], tmp_path / GATE_FILE)
+    assert not (tmp_path / GATE_FILE).exists()
 
 
 def test_external_data_that_points_outside_is_refused(bundle: Bundle, tmp_path: Path) -> None:

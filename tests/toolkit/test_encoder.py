@@ -6,9 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -18,6 +22,7 @@ from tests.conftest import CONFIGS, HEADLESS, lively, make_sentence_transformer,
 from variator.errors import BackboneError, InputError
 from variator.exporters.graph import Compressed
 from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.checkpoint_files import path_of
 from variator.toolkit.families import FAMILIES, family_of
 from variator.toolkit.plugin_file import Plugin
 
@@ -198,13 +203,55 @@ def test_a_pooling_folder_outside_the_model_is_refused(checkpoint: Path, tmp_pat
         load_backbone(str(copy))
 
 
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_file_is_absent_only_where_the_hub_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--acme--tiny"
+    (repository / "snapshots" / REVISION).mkdir(parents=True)
+    (repository / "snapshots" / REVISION / "modules.json").write_text("[]")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", REVISION)
+            self.end_headers()
+
+        def log_message(self, *what: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        url = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its tries to reach somebody
+        with pytest.warns(UserWarning, match=r"prompt\.json of 'acme/tiny' is not in the cache"):
+            assert path_of("acme/tiny", "prompt.json") is None
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        Thread(target=server.serve_forever).start()
+        try:
+            assert path_of("acme/tiny", "prompt.json") is None
+        finally:
+            server.shutdown()
+    assert path_of("acme/tiny", "modules.json") is not None, "not reachable, but cached"
+    with pytest.raises(BackboneError, match=r"cannot find out whether(.|\n)*go online once"):
+        path_of("acme/tiny", "sentence_bert_config.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert path_of("acme/tiny", "prompt.json") is None, "the hub has said so before"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert path_of("acme/tiny", "prompt.json") is None
+
+
 def test_a_hub_id_is_loaded_from_the_hub_libraries_cache(checkpoint: Path, tmp_path: Path) -> None:
     """As after a download: the cache's own layout, a fresh process, no network."""
     repository = tmp_path / "hub" / "models--acme--tiny"
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    shutil.copytree(checkpoint, repository / "snapshots" / revision)
+    shutil.copytree(checkpoint, repository / "snapshots" / REVISION)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
+    (repository / "refs" / "main").write_text(REVISION)
     show = "print(b.id, b.task, b.max_length, b.fingerprint)"
     code = f"from variator import load_backbone; b = load_backbone('acme/tiny'); {show}"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}

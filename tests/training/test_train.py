@@ -20,11 +20,13 @@ import torch
 from tests.conftest import lively, write_checkpoint
 from variator.errors import InputError, VariatorError
 from variator.toolkit.checkpoint import Backbone, load_backbone
+from variator.toolkit.heads import GapHead
 from variator.toolkit.plugin_file import find_plugin, load_plugin, save_plugin
 from variator.toolkit.plugin_format import PluginConfig
 from variator.toolkit.rows import Encode
 from variator.training.batch import Batch
 from variator.training.corpus import Corpus, read_corpus
+from variator.training.processes import Processes
 from variator.training.run import Progress
 from variator.training.settings import TrainSettings
 from variator.training.state import LOG_FILE, STATE_FILE
@@ -297,15 +299,30 @@ def launched(
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+def write_t5(directory: Path, asked: bool = False) -> Path:
+    """A T5 that writes, or one that is asked for a class."""
+    ids = {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
+    write_checkpoint("t5", directory, "AutoModelForSeq2SeqLM", **ids)
+    if asked:
+        prompt = {"template": "{0} w5", "words": ["w7", "w9"], "gap": "w5"}
+        (directory / "prompt.json").write_text(json.dumps(prompt))
+    return directory
+
+
 @pytest.mark.parametrize(
-    ("kind", "sharded"), [("bert", False), pytest.param("bert", True, marks=pytest.mark.slow), ("t5", True)]
+    ("kind", "sharded"),
+    [
+        ("bert", False),
+        pytest.param("bert", True, marks=pytest.mark.slow),
+        ("t5", True),
+        pytest.param("t5, asked", True, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_take_the_same_steps_as_one_that_accumulates(
     checkpoint: Path, backbone: Backbone, tmp_path: Path, kind: str, sharded: bool
 ) -> None:
-    if kind == "t5":  # with its decoder in the loss
-        ids = {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
-        checkpoint = write_checkpoint("t5", tmp_path / "t5", "AutoModelForSeq2SeqLM", **ids)
+    if kind != "bert":  # with its decoder in the loss
+        checkpoint = write_t5(tmp_path / "t5", asked=kind == "t5, asked")
         backbone = load_backbone(str(checkpoint))
     words, start = write_words(tmp_path / "words.txt"), tmp_path / "start"
     for ratio in (2, 4):  # not from zeros: Adam makes whole steps of the rounding in gradients that are nearly zero
@@ -322,6 +339,16 @@ def test_two_processes_take_the_same_steps_as_one_that_accumulates(
         assert theirs.training["tokens_per_step"] == ours.training["tokens_per_step"] == 2 * 128
     for mine, other in zip(entries(tmp_path / "one"), entries(tmp_path / "two"), strict=True):
         assert other["loss"]["4"] == pytest.approx(mine["loss"]["4"], rel=1e-3)  # type: ignore[index]
+
+
+def test_a_decoder_in_the_head_is_shared_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shared = load_backbone(str(write_t5(tmp_path / "t5", asked=True))).model, list[object]()
+    processes = Processes()
+    processes.count = 2
+    monkeypatch.setattr("variator.training.processes.fully_shard", lambda part, **_: shared.append(part))
+    processes.place(model, True)
+    assert isinstance(model.head, GapHead)
+    assert shared == [model.encoder.embeddings, *model.encoder.blocks, *model.head.decoder.layers]
 
 
 def test_one_process_cannot_share_a_backbone_with_itself(backbone: Backbone, corpus: Corpus, tmp_path: Path) -> None:

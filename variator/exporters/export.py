@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +159,13 @@ def export(
         backbone.config.check(plugin.config)
     if backbone.decoder is not None:
         _ = backbone.special  # else it would fail when all else is done
+        if backbone.unapplied:
+            told = ", ".join(f"{name} {value!r}" for name, value in backbone.unapplied.items())
+            warnings.warn(
+                f"{backbone.id} asks for {told} when texts are generated, which a bundle does not do by itself: beams "
+                "and a length penalty are a request's, the others are not computed",
+                stacklevel=2,
+            )
     profile = _profile(backbone, plugins) if settings.layout == SHARED else None
     for plugin in plugins.values():
         if plugin.head is not None and (profile is None or not profile.head):
@@ -171,7 +180,7 @@ def export(
         if backbone.decoder is not None:
             decoder = _export_decoder(backbone, backbone.decoder, settings.precision, store, directory, on_stage)
         if backbone.tokenizer is not None:
-            backbone.tokenizer.save_pretrained(directory)
+            _save_tokenizer(backbone.tokenizer, directory)
         for file in directory.iterdir():  # a tokenizer may bring folders or code; a bundle is flat data
             if file.is_dir():
                 shutil.rmtree(file)
@@ -205,6 +214,16 @@ def _place(
             if path.suffix != ".data":
                 path.unlink()
         yield directory, WeightStore(directory, beside / JOURNAL)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # the system's errors come as plain ones out of Rust, their number in the text
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _plugin_for(backbone: Backbone, ratio: Key, settings: ExportSettings) -> Plugin:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from variator.errors import BundleError, GateError, InputError
+from variator.files import write_atomically
 from variator.toolkit.bundle import Manifest, Picture
 from variator.toolkit.plugin_file import Head
 from variator.toolkit.plugin_format import Key, parse_key
@@ -377,14 +378,14 @@ def plain_runner(graph: Path, threads: int = 0) -> Callable[[Mapping[str, npt.ND
 
 def save_cases(cases: Sequence[Case], path: Path) -> None:
     """Store the cases in a bundle, so that `variator build` can gate engines without PyTorch."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors: dict[str, npt.NDArray[np.generic]] = {}
     for index, case in enumerate(cases):
         tensors |= {f"{index}/feed/{name}": values for name, values in case.feed.items()}
         for ratio, outputs in case.expected.items():
             tensors |= {f"{index}/{ratio}/{name}": values for name, values in outputs.items()}
-    save_file(tensors, path)
+    write_atomically(path, save(tensors))
 
 
 def load_cases(path: Path) -> list[Case]:

@@ -47,6 +47,34 @@ TORCH_ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modul
 """Activation classes that a sentence-transformers Dense module may name -> ours."""
 
 
+GENERATION: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "do_sample": False,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "watermarking_config": None,
+}
+"""Settings of transformers' `generate` that change which tokens come, and the values that leave them alone."""
+
+
 class Model(nn.Module):
     """Encoder and head: ids in, the task's outputs out."""
 
@@ -141,16 +169,24 @@ class Backbone:
         return tuple(str(named.get(place, "")) for place in range(self.model.head.output.weight.shape[1]))
 
     @property
+    def _generating(self) -> Any:
+        return getattr(self.original, "generation_config", None) or self.generation or self.checkpoint
+
+    @property
+    def unapplied(self) -> dict[str, Any]:
+        """What else the checkpoint says of how texts are generated, and `engines.generation` does not do by itself."""
+        found = {name: getattr(self._generating, name, None) for name in GENERATION}
+        return {name: value for name, value in found.items() if value not in (None, [], GENERATION[name])}
+
+    @property
     def special(self) -> Special:
         """What texts are generated with.
 
         Raises:
             BackboneError: If the checkpoint does not say which token starts a text and which ends it.
         """
-        config: Any = getattr(self.original, "generation_config", None) or self.generation or self.checkpoint
-        start, ends, pad = (
-            getattr(config, name, None) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-        )
+        names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+        start, ends, pad = (getattr(self._generating, name, None) for name in names)
         if start is None or ends is None or pad is None:
             raise BackboneError(
                 f"{self.id} does not say how texts begin, end and are padded",
@@ -281,7 +317,10 @@ def stream_backbone(model: str, task: str | None = None, name: str | None = None
     auto = _class_of(family, config, task)
     concrete = auto._model_mapping[type(config)] if hasattr(auto, "_model_mapping") else auto
     prefix = f"{concrete.base_model_prefix}."
-    weights = Layered(open_stream(model, prefix), family, config)
+    tensors = open_stream(model, prefix)
+    with torch.device("meta"):
+        tensors.check(concrete(config), lambda name: _needed(name, task, family))
+    weights = Layered(tensors, family, config)
     sizes = family.encoder_config(config)
     decodes = task == "seq2seq" and family.decoder is not None
     parts = family.decoder(weights, config, sizes) if decodes and family.decoder else None
@@ -324,7 +363,7 @@ def _generation(directory: Path) -> Any:
 
 def _placeholder_decoder(parts: DecoderParts, token: nn.Embedding, stream: Stream) -> Decoder:
     """A decoder that holds nothing, over the encoder's embedding table."""
-    output = None if parts.output is None else nn.Parameter(torch.empty(parts.output.shape, device="meta"), False)
+    output = None if parts.output is None else nn.Parameter(torch.empty_like(token.weight.t(), device="meta"), False)
     with torch.device("meta"):
         decoder = Decoder(parts.config, token, output, parts.scale)
     placeholders(decoder, stream.decoder, {"token.weight": token.weight})
@@ -333,7 +372,7 @@ def _placeholder_decoder(parts: DecoderParts, token: nn.Embedding, stream: Strea
 
 def _decoder(parts: DecoderParts, token: nn.Embedding) -> Decoder:
     """A decoder with its tensors, over the encoder's embedding table."""
-    output = None if parts.output is None else nn.Parameter(parts.output.float())
+    output = None if parts.output is None else nn.Parameter(parts.output().float())
     decoder = Decoder(parts.config, token, output, parts.scale)
     tables = {"token.weight": token.weight, **({} if output is None else {"vocabulary": output})}
     decoder.load_state_dict({**{k: v.float() for k, v in parts.state().items()}, **tables}, assign=True)
@@ -352,8 +391,8 @@ def _gap_head(
     except InputError as error:
         raise BackboneError(f"{FILE} of {model!r}: {error}") from error
     known = nn.Embedding(2, table.embedding_dim, _weight=table.weight[[start, gap]].clone())
-    output = table.weight[words].t() if parts.output is None else parts.output[:, words].float()
-    return GapHead(_decoder(replace(parts, output=output.contiguous()), known))
+    output = table.weight[words].t() if parts.output is None else parts.output()[:, words].float()
+    return GapHead(_decoder(replace(parts, output=output.contiguous), known))
 
 
 def start_of(original: Any) -> int | None:
@@ -416,8 +455,7 @@ def _load(auto_class: Any, model: str, **options: Any) -> Any:
 
 def _load_original(auto_class: Any, model: str, task: str, family: Family) -> PreTrainedModel:
     original, report = _load(auto_class, model, output_loading_info=True, dtype=torch.float32)
-    head_of_pooler = task == "classify" and bool(family.classifier and family.classifier.dense.startswith("pooler"))
-    missing = [key for key in report["missing_keys"] if head_of_pooler or ".pooler." not in f".{key}"]
+    missing = [key for key in report["missing_keys"] if _needed(key, task, family)]
     if missing:
         raise BackboneError(
             f"{model!r} lacks {len(missing)} tensors that task {task!r} needs, the first {sorted(missing)[0]!r}",
@@ -425,6 +463,12 @@ def _load_original(auto_class: Any, model: str, task: str, family: Family) -> Pr
         )
     loaded: PreTrainedModel = original.eval().requires_grad_(False)
     return loaded
+
+
+def _needed(name: str, task: str, family: Family) -> bool:
+    """Whether a tensor of transformers' model is computed with: a pooler is by some classifiers alone."""
+    of_pooler = task == "classify" and bool(family.classifier and family.classifier.dense.startswith("pooler"))
+    return of_pooler or ".pooler." not in f".{name}"
 
 
 def _detect_task(config: PretrainedConfig, files: Mapping[str, Any]) -> str:

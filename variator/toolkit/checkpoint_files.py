@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def path_of(model: str, name: str) -> Path | None:
         model: Directory or hub id.
 
     Raises:
-        BackboneError: If the name leads out of the directory.
+        BackboneError: If the name leads out of the directory, or the hub cannot be asked.
     """
     directory = Path(model)
     if directory.exists():
@@ -34,12 +35,29 @@ def path_of(model: str, name: str) -> Path | None:
         if not path.resolve().is_relative_to(directory.resolve()):
             raise BackboneError(f"modules.json names a path outside the model directory: {name!r}")
         return path if path.exists() else None
-    from transformers.utils import cached_file
+    return _of_hub(model, name)
 
-    found = cached_file(
-        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-    return Path(found) if found else None
+
+def _of_hub(model: str, name: str) -> Path | None:
+    """Only the hub's own word, now or when the cache was filled, makes a file absent."""
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, name))
+    except RemoteEntryNotFoundError:
+        return None
+    except Exception as error:  # the libraries underneath have kinds of their own for what is not reachable
+        if try_to_load_from_cache(model, name) is _CACHED_NO_EXIST:
+            return None
+        if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+            warnings.warn(f"{name} of {model!r} is not in the cache; offline, it is taken to have none", stacklevel=2)
+            return None
+        raise BackboneError(
+            f"cannot find out whether {model!r} has a file {name}: {str(error).strip() or type(error).__name__}",
+            valid="a hub id that this machine can reach or has cached, or a directory",
+            fix="go online once, or download the checkpoint to a local directory",
+        ) from error
 
 
 def read_json(model: str, name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from variator.errors import BackboneError
 from variator.toolkit.families.base import DecoderParts, Family
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,12 +34,16 @@ class Files(Mapping[str, Tensor]):
 
     Args:
         places: File of each tensor.
+        shapes: Of each.
         prefix: Of the names in the files, which ours lack: `bert.`.
     """
 
-    def __init__(self, directory: Path, places: Mapping[str, str], prefix: str) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: Path, places: Mapping[str, str], shapes: Mapping[str, Sequence[int]], prefix: str
+    ) -> None:
+        self.directory, self._prefix = directory, prefix
         self._places = {name.removeprefix(prefix): (name, file) for name, file in places.items()}
+        self._shapes = {name.removeprefix(prefix): tuple(shapes[name]) for name in places}
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
@@ -66,6 +70,28 @@ class Files(Mapping[str, Tensor]):
     def files(self) -> list[Path]:
         """Those that hold them."""
         return [self.directory / name for name in sorted({file for _, file in self._places.values()})]
+
+    def check(self, model: PreTrainedModel, needed: Callable[[str], bool] = lambda name: True) -> None:
+        """Compare names and shapes with those of transformers' own model, which may be on the `meta` device.
+
+        Args:
+            needed: Whether a tensor must be there, by its name.
+
+        Raises:
+            BackboneError: If one is missing or of another shape.
+        """
+        tied = model.all_tied_weights_keys
+        for whole, parameter in model.named_parameters(remove_duplicate=False):
+            name = whole.removeprefix(self._prefix)
+            found, promised = self._shapes.get(name), tuple(parameter.shape)
+            if found is None and whole not in tied and needed(name):
+                raise _missing(self.directory, name)
+            if found not in (None, promised):
+                raise BackboneError(
+                    f"tensor {name!r} in {self.directory} is of shape {found}",
+                    valid=f"{promised}, which its config.json promises",
+                    fix="download the checkpoint again",
+                )
 
 
 def _unreadable(path: Path, error: Exception) -> BackboneError:
@@ -97,6 +123,7 @@ def open_stream(model: str, prefix: str) -> Files:
             valid="a local directory with safetensors files for --low-memory",
             fix="download or convert the checkpoint, or export without --low-memory",
         )
+    shapes: dict[str, Sequence[int]] = {}
     for file in sorted(set(places.values()) or {SINGLE}):
         # A plain name; where it leads is the file system's business: the hub's cache consists of links.
         if file != Path(file).name or file in ("", ".", ".."):
@@ -105,6 +132,7 @@ def open_stream(model: str, prefix: str) -> Files:
         try:
             with safe_open(path, framework="pt") as opened:  # its header tells whether all bytes are there
                 names = set(opened.keys())
+                shapes |= {name: opened.get_slice(name).get_shape() for name in names}
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
         if not index.is_file():
@@ -112,11 +140,19 @@ def open_stream(model: str, prefix: str) -> Files:
         missing = sorted(name for name, where in places.items() if where == file and name not in names)
         if missing:
             raise BackboneError(f"{path} lacks tensor {missing[0]!r}", fix="download the checkpoint again")
-    return Files(directory, places, prefix)
+    return Files(directory, places, shapes, prefix)
 
 
 class MissingTensorError(BackboneError, KeyError):
     """A checkpoint lacks a tensor."""
+
+
+def _missing(directory: Path, name: str) -> MissingTensorError:
+    return MissingTensorError(
+        f"{directory} lacks tensor {name!r}, which its config.json promises",
+        valid="a complete checkpoint in the names of today's transformers",
+        fix="download it again, or load and save it with transformers",
+    )
 
 
 class Layered(Mapping[str, Tensor]):
@@ -155,11 +191,7 @@ class Layered(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         found = self._layer(name)
         if name not in found:
-            raise MissingTensorError(
-                f"{self._files.directory} lacks tensor {name!r}, which its config.json promises",
-                valid="a complete checkpoint in the names of today's transformers",
-                fix="download it again, or load and save it with transformers",
-            )
+            raise _missing(self._files.directory, name)
         return found[name]
 
     def __contains__(self, name: object) -> bool:
@@ -232,7 +264,7 @@ class Stream:
         if match:
             return self.decoder_layer(int(match[1]))[match[2]]
         if name == "vocabulary" and parts.output is not None:
-            return parts.output
+            return parts.output()
         return parts.outside[name]
 
     def decoder_layer(self, index: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from variator.errors import InputError
 from variator.files import alone
 from variator.toolkit.checkpoint import Model
 from variator.toolkit.decoder import Decoder
+from variator.toolkit.heads import GapHead
 
 
 class Processes:
@@ -69,7 +70,11 @@ class Processes:
             )
         for block in (model.encoder.embeddings, *model.encoder.blocks):
             fully_shard(block, reshard_after_forward=True)  # each its own root: the local stage runs them one by one
-        for part in (model.head, model.encoder.relation, model.encoder.rotary, model.encoder.final_norm):
+        if isinstance(model.head, GapHead):
+            self.place_decoder(model.head.decoder, shard)
+        else:
+            model.head.to(self.device)
+        for part in (model.encoder.relation, model.encoder.rotary, model.encoder.final_norm):
             if part is not None:
                 part.to(self.device)
         return model

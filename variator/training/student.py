@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,14 +63,21 @@ def student(
 
 def writing(backbone: Backbone, encode: Encode) -> Write:
     """What writes answers with transformers' own decoder, greedily, to what `encode` makes of the inputs."""
+    from transformers import GenerationConfig
     from transformers.modeling_outputs import BaseModelOutput
 
+    special, original = backbone.special, copy.copy(backbone.original)
+    assert original is not None
+    original.generation_config = GenerationConfig(  # no penalties and the like, which a bundle does not have either
+        decoder_start_token_id=special.start, eos_token_id=list(special.ends), pad_token_id=special.pad
+    )
+
     def write(inputs: Sequence[Input]) -> list[str]:
-        rows, texts, original = tokenise(backbone, inputs), list[str](), backbone.original
+        rows, texts = tokenise(backbone, inputs), list[str]()
         for start in range(0, len(rows), ROWS_WRITTEN):
             part = rows[start : start + ROWS_WRITTEN]
             hidden = torch.from_numpy(encode(part)["last_hidden_state"])
-            found = original.generate(  # type: ignore[union-attr]
+            found = original.generate(
                 encoder_outputs=BaseModelOutput(hidden),
                 attention_mask=batch_of(part, False).mask,
                 max_new_tokens=LONGEST_WRITTEN,

@@ -143,14 +143,16 @@ def _prepare(
     bf16 = processes.bf16(settings.precision)
     shard = settings.shard or sharding_asked_for()
     # Sharding changes a model in place, and a device moves it: the caller's own stays as it is.
-    model = copy.deepcopy(backbone.model) if shard or bf16 or processes.device.type != "cpu" else backbone.model
+    apart = shard or bf16 or processes.device.type != "cpu"
+    model = copy.deepcopy(backbone.model) if apart else backbone.model
     if bf16 and not shard:
         halve_weights(model)
     model = processes.place(model, shard)
     local = partial(local_step, model, settings.plugins)
     decoder, first = None, 0
     if backbone.decoder is not None:
-        decoder = processes.place_decoder(copy.deepcopy(backbone.decoder), shard)
+        decoder = copy.deepcopy(backbone.decoder) if apart else backbone.decoder
+        decoder = processes.place_decoder(decoder, shard)
         first = backbone.special.start
     teacher = Teacher(model, backbone.task, settings.weights, decoder, first)
     distil = partial(distil_step, teacher, settings.plugins)

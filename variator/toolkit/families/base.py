@@ -64,14 +64,14 @@ class DecoderParts:
         config: Its sizes.
         outside: Tensors of `decoder.Decoder` that belong to no layer, without the tables of the vocabulary.
         layer: Those of one layer.
-        output: What hidden states are multiplied with, [d, vocabulary]; None is the embedding table itself.
+        output: Gives what hidden states are multiplied with, [d, vocabulary]; None is the embedding table itself.
         scale: Of the hidden states in front of it.
     """
 
     config: EncoderConfig
     outside: dict[str, Tensor]
     layer: Callable[[int], dict[str, Tensor]]
-    output: Tensor | None
+    output: Callable[[], Tensor] | None
     scale: float
 
     def state(self) -> dict[str, Tensor]:

@@ -78,11 +78,14 @@ def _decoder(weights: Weights, config: Any, sizes: EncoderConfig) -> DecoderPart
                 found[f"{name}.weight"] = tensor.t().contiguous() if tensor.ndim == 2 else tensor
         return found
 
+    def vocabulary() -> Tensor:
+        return weights["lm_head.weight"].t().contiguous()
+
     table, output = weights["shared.weight"], weights.get("lm_head.weight")
-    tied = output is None or (output.shape == table.shape and torch.equal(output, table))
+    tied = output is None or torch.equal(output, table)
     scaled = getattr(config, "scale_decoder_outputs", False)  # v1.0; neither v1.1 nor mT5
     scale = config.d_model**-0.5 if scaled else 1.0
-    return DecoderParts(own, outside, layer, None if tied or output is None else output.t().contiguous(), scale)
+    return DecoderParts(own, outside, layer, None if tied else vocabulary, scale)
 
 
 FAMILY = Family(
