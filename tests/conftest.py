@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from variator.engines.build import build
@@ -154,11 +155,25 @@ def backbone(checkpoint: Path) -> Backbone:
     return load_backbone(str(checkpoint))
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that whichever process of this run needs it first makes; not to be changed."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    place = root / "made-once" / name
+    place.parent.mkdir(exist_ok=True)
+    with FileLock(place.with_name(f".{name}.lock")):
+        if not (done := place.with_name(f".{name}.done")).exists():
+            make(place)
+            done.touch()
+    return place
+
+
 @pytest.fixture(scope="session")
 def bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny embedder, exported at ratios 1, 2 and 4 with untrained plugins. Not to be changed: copy it."""
-    path = tmp_path_factory.mktemp("bundles") / "tiny"
-    return export(backbone, path, ExportSettings((2, 4), untrained=True, rank=16))
+    settings = ExportSettings((2, 4), untrained=True, rank=16)
+    return Bundle.open(once(tmp_path_factory, "tiny", lambda path: export(backbone, path, settings)))
 
 
 @pytest.fixture(scope="session")
@@ -167,12 +182,13 @@ def shared_bundle(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) 
     from variator.engines.backends import BACKENDS
     from variator.engines.build import build
 
-    path = tmp_path_factory.mktemp("bundles") / "tiny-shared"
-    exported = export(backbone, path, ExportSettings((2, 4), untrained=True, rank=16, layout="shared"))
-    for engine in ("onnxruntime", "openvino"):
-        if not BACKENDS[engine].missing():
-            build(exported, engine, "fp32")
-    return exported
+    def make(path: Path) -> None:
+        exported = export(backbone, path, ExportSettings((2, 4), untrained=True, rank=16, layout="shared"))
+        for engine in ("onnxruntime", "openvino"):
+            if not BACKENDS[engine].missing():
+                build(exported, engine, "fp32")
+
+    return Bundle.open(once(tmp_path_factory, "tiny-shared", make))
 
 
 def lively(backbone: Backbone, ratio: int, seed: int = 0, rank: int = 8, classes: int = 0) -> Plugin:
@@ -230,17 +246,20 @@ def named_plugins(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def named(backbone: Backbone, named_plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny embedder with ratio 4 and every kind of setting, exported; its gate has passed."""
-    place = tmp_path_factory.mktemp("bundles") / "named"
-    return export(backbone, place, ExportSettings((4, *(config.name for config in SETTINGS)), named_plugins))
+    settings = ExportSettings((4, *(config.name for config in SETTINGS)), named_plugins)
+    return Bundle.open(once(tmp_path_factory, "named", lambda path: export(backbone, path, settings)))
 
 
 @pytest.fixture(scope="session")
 def calibrated(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle with an ONNX Runtime engine and a table of its latency; not to be changed."""
-    path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("calibrated") / "bundle")
-    build(path, "onnxruntime", "fp32")
-    write_latency(path)
-    return path
+
+    def make(path: Path) -> None:
+        shutil.copytree(bundle.path, path)
+        build(path, "onnxruntime", "fp32")
+        write_latency(path)
+
+    return once(tmp_path_factory, "calibrated", make)
 
 
 def write_latency(path: Path) -> None:

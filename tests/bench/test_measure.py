@@ -208,6 +208,7 @@ def test_only_the_two_layouts_of_one_model_are_compared(
         bench(built, dataclasses.replace(settings, against=other.path))
 
 
+@pytest.mark.slow
 def test_bundles_with_other_plugins_or_engines_are_not_compared(
     built: Bundle, shared_bundle: Bundle, backbone: Backbone, tmp_path: Path
 ) -> None:

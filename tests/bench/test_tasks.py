@@ -74,6 +74,7 @@ def test_the_record_is_read_back_and_drawn(record: QualityRecord, tmp_path: Path
         QualityRecord.load(tmp_path / "quality.json")
 
 
+@pytest.mark.slow
 def test_other_plugins_find_the_backbone_again_and_nothing_else(
     checkpoint: Path, inputs: tuple[Path, Path], tmp_path: Path, backbone: Backbone
 ) -> None:

@@ -847,6 +847,7 @@ def tensorrt(program: Path, bundle: Path, gpus: int, requests: list[dict[str, An
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_plans_run_in_the_tightest_profile_in_parts_and_come_back_as_fp32(stand_in: Path, copied: Path) -> None:
     with_plans(copied)
     requests = [{"rows": [ids(length, row) for row in range(rows)], "ratio": 2} for rows, length in TRT_SHAPES]
@@ -860,12 +861,14 @@ def test_plans_run_in_the_tightest_profile_in_parts_and_come_back_as_fp32(stand_
         assert np.array_equal(arrays(answer)["embedding"], np.array(expected, np.float32))
 
 
+@pytest.mark.slow
 def test_plans_are_on_the_first_gpu_whichever_the_caller_uses(stand_in: Path, copied: Path) -> None:
     with_plans(copied)
     (answer,) = tensorrt(stand_in, copied, 2, [{"rows": [ids(5)], "ratio": 2}])["answers"]  # its threads use the second
     assert arrays(answer)["embedding"].shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_plans_are_refused_without_a_gpu_or_on_another(stand_in: Path, copied: Path) -> None:
     with_plans(copied)
     told = tensorrt(stand_in, copied, 0, [])

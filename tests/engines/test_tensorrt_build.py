@@ -50,8 +50,11 @@ def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("engines")))
 
 
+SELDOM = [pytest.param(precision, marks=pytest.mark.slow) for precision in ("fp32", "bf16", "fp8")]
+
+
 @ahead
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", *SELDOM])
 def test_every_precision_is_built_ahead_of_time_and_said_to_be_unchecked(copy: Bundle, precision: str) -> None:
     told: list[tuple[str, float]] = []
     options = BuildOptions((PROFILES,), ("8.9", "12.0"))

@@ -33,10 +33,10 @@ from variator.toolkit.weights import INLINE_BYTES, check_external_data, external
     ("kind", "auto"),
     [
         ("bert", "AutoModelForSequenceClassification"),
-        ("roberta", "AutoModelForSequenceClassification"),
-        ("xlm-roberta", "AutoModel"),
+        pytest.param("roberta", "AutoModelForSequenceClassification", marks=pytest.mark.slow),
+        pytest.param("xlm-roberta", "AutoModel", marks=pytest.mark.slow),
         ("distilbert", "AutoModelForQuestionAnswering"),
-        ("electra", "AutoModelForSequenceClassification"),
+        pytest.param("electra", "AutoModelForSequenceClassification", marks=pytest.mark.slow),
     ],
 )
 def test_every_family_and_task_passes_the_gate(kind: str, auto: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +92,9 @@ def test_both_layouts_answer_alike_and_count_alike(shared_bundle: Bundle, bundle
     ("kind", "auto"),
     [
         ("bert", "AutoModelForSequenceClassification"),
-        ("roberta", "AutoModel"),
+        pytest.param("roberta", "AutoModel", marks=pytest.mark.slow),
         ("distilbert", "AutoModelForQuestionAnswering"),
-        ("electra", "AutoModelForSequenceClassification"),
+        pytest.param("electra", "AutoModelForSequenceClassification", marks=pytest.mark.slow),
     ],
 )
 def test_every_family_and_task_passes_the_gate(kind: str, auto: str, tmp_path: Path) -> None:
@@ -104,14 +105,20 @@ def test_every_family_and_task_passes_the_gate(kind: str, auto: str, tmp_path: P
     assert exported.manifest.shared is not None and not exported.manifest.shared.head  # for embeddings only
 
 
+@pytest.fixture(scope="module")
+def plain(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of ratio 1 alone."""
+    return export(backbone, tmp_path_factory.mktemp("plain") / "bundle", ExportSettings((), layout="shared"))
+
+
 @pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "int8")])
 def test_a_bundle_of_ratio_1_alone_is_ready_for_plugins(
-    backbone: Backbone, tmp_path: Path, engine: str, precision: str
+    plain: Bundle, backbone: Backbone, tmp_path: Path, engine: str, precision: str
 ) -> None:
     if BACKENDS[engine].missing():
         pytest.skip(f"{engine} is not installed")
-    exported = export(backbone, tmp_path / "bundle", ExportSettings((), layout="shared"))
-    assert exported.ratios == [1]
+    assert plain.ratios == [1]
+    exported = Bundle.open(shutil.copytree(plain.path, tmp_path / "bundle"))
     build(exported, engine, precision)
     plugin = lively(backbone, 4)
     with Runtime.open(exported, engine, precision) as runtime:
@@ -149,15 +156,12 @@ def test_what_one_graph_cannot_hold_is_refused(backbone: Backbone, tmp_path: Pat
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_wide_plugin_widens_the_profile(backbone: Backbone, tmp_path: Path) -> None:
-    save_plugin(lively(backbone, 4, rank=300), tmp_path / "plugins")
+def test_a_wide_plugin_of_many_classes_widens_the_profile_and_counts_as_flops(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    save_plugin(lively(backbone, 4, rank=300, classes=1500), tmp_path / "plugins")
     exported = export(backbone, tmp_path / "bundle", ExportSettings((4,), tmp_path / "plugins", layout="shared"))
     assert exported.manifest.shared is not None and exported.manifest.shared.max_rank == 300
-
-
-def test_many_classes_widen_the_profile_and_count_as_flops(backbone: Backbone, tmp_path: Path) -> None:
-    save_plugin(lively(backbone, 4, classes=1500), tmp_path / "plugins")
-    exported = export(backbone, tmp_path / "bundle", ExportSettings((4,), tmp_path / "plugins", layout="shared"))
-    assert exported.manifest.shared is not None and exported.manifest.shared.max_classes == 1500
+    assert exported.manifest.shared.max_classes == 1500
     assert exported.ratio(4).head and exported.ratio(1).head
     assert exported.ratio(4).flops["head"] - exported.ratio(1).flops["head"] == 2 * 32 * (1500 - 1)

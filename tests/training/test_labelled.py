@@ -84,6 +84,7 @@ def test_adaptation_lowers_the_loss_and_keeps_the_best(
     assert found[2].scores[TASKS[task].metrics[0]] == pytest.approx(max(scores.values()), abs=0.02)  # fp16 in the file
 
 
+@pytest.mark.slow
 def test_scores_are_recorded_in_the_plugin_files(checkpoint: Path, backbone: Backbone, tmp_path: Path) -> None:
     write_tasks(tmp_path / "data", 20, 20)
     plugin = lively(backbone, 2)

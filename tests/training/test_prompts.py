@@ -89,7 +89,7 @@ def test_a_writer_learns_a_task_and_its_plugins_adapt_to_it(
     assert plugins[0].backbone == backbone.fingerprint
 
 
-@pytest.mark.parametrize("task", ["rte", "squad"])
+@pytest.mark.parametrize("task", ["rte", pytest.param("squad", marks=pytest.mark.slow)])
 def test_a_bundle_and_its_checkpoint_score_alike(tuned: dict[str, Path], data: Path, tmp_path: Path, task: str) -> None:
     backbone, split = load_backbone(str(tuned[task])), read_split(TASKS[task], "dev", data)
     save_plugin(lively(backbone, 4), tmp_path / "plugins")
@@ -132,6 +132,7 @@ def test_the_class_scores_are_transformers_own(tuned: dict[str, Path], tmp_path:
                 runtime.infer(["w5"], ratio=1)
 
 
+@pytest.mark.slow
 def test_narrow_and_on_the_command_line(tuned: dict[str, Path], tmp_path: Path) -> None:
     place = str(tmp_path / "bundle")
     arguments = ["export", str(tuned["sst2"]), "--ratio", "4", "--untrained", "-o", place]

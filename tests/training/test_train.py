@@ -314,7 +314,7 @@ def write_t5(directory: Path, asked: bool = False) -> Path:
     [
         ("bert", False),
         pytest.param("bert", True, marks=pytest.mark.slow),
-        ("t5", True),
+        pytest.param("t5", True, marks=pytest.mark.slow),
         pytest.param("t5, asked", True, marks=pytest.mark.slow),
     ],
 )
