@@ -2,6 +2,7 @@
 
     python -m tools.triton_bench BUNDLE OUT.json --engine onnxruntime --precision fp32 [--ratio 4] [--shapes 1x32,8x32]
 
+Beside it stands a model that only answers: what Triton, its Python backend and the client cost by themselves.
 Sixteen clients at once, and one alone, over gRPC on the loopback, with requests of so many rows by so many tokens. In
 process the same number of threads hand the same requests to the same queue. Both in turn, for a second each, and call
 by call for the client that is alone: others on the machine then slow both. Medians and quartiles of pairs; where
@@ -41,6 +42,26 @@ SCHEMA = "variator.triton/1"
 CLIENTS, PAIRS = 16, 150
 SLO_MS = 60_000.0
 TARGET_THROUGHPUT, TARGET_OVERHEAD_MS = 0.9, 1.0
+NOTHING = {
+    "config.pbtxt": """backend: "python"
+max_batch_size: 64
+dynamic_batching {}
+input [{name: "input_ids" data_type: TYPE_INT64 dims: [-1]}]
+output [{name: "embedding" data_type: TYPE_FP32 dims: [384]}]
+""",
+    "1/model.py": """import numpy as np
+import triton_python_backend_utils as backend
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        rows = [len(request.inputs()[0].as_numpy()) for request in requests]
+        tensors = [backend.Tensor("embedding", np.zeros((count, 384), np.float32)) for count in rows]
+        return [backend.InferenceResponse([tensor]) for tensor in tensors]
+""",
+}
+"""A model that only answers."""
+
 Call = Callable[[], Any]
 
 
@@ -79,7 +100,7 @@ def in_process(server: Server, ids: list[list[int]], ratio: Key) -> Call:
     return call
 
 
-def over_grpc(client: Any, ids: list[list[int]], ratio: Key) -> Call:
+def over_grpc(client: Any, ids: list[list[int]], ratio: Key, model: str = RUNTIME) -> Call:
     """A request to Triton."""
     array = np.array(ids, np.int64)
     given = triton_grpc.InferInput("input_ids", list(array.shape), "INT64")
@@ -88,7 +109,7 @@ def over_grpc(client: Any, ids: list[list[int]], ratio: Key) -> Call:
     wanted = [triton_grpc.InferRequestedOutput("embedding")]
 
     def call() -> Any:
-        return client.infer(RUNTIME, [given], outputs=wanted, parameters=parameters).as_numpy("embedding")
+        return client.infer(model, [given], outputs=wanted, parameters=parameters).as_numpy("embedding")
 
     return call
 
@@ -120,6 +141,18 @@ def alone_ms(here: Call, there: Call, pairs: int) -> dict[str, list[float]]:
             call()
             taken[name].append((time.perf_counter() - started) * 1e3)
     return taken
+
+
+def nothing(server: TritonServer, ids: list[list[int]], seconds: float) -> dict[str, float]:
+    """What a request costs that nothing is computed for."""
+    clients = [triton_grpc.InferenceServerClient(server.grpc) for _ in range(CLIENTS)]
+    calls = [over_grpc(one, ids, 1, "nothing") for one in clients]
+    calls[0]()
+    taken = alone_ms(lambda: None, calls[0], PAIRS)["triton"]
+    found = {"one_client_ms": statistics.median(taken), "requests_per_s": rate(calls, seconds)}
+    for one in clients:
+        one.close()
+    return found
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -184,6 +217,7 @@ def measure(
         "overhead_ms_quartiles": quartiles(overhead),
         "one_client_p5_ms": fastest,
         "overhead_p5_ms": fastest["triton"] - fastest["in_process"],
+        "nothing": nothing(server, ids, 3 * seconds),
         "load_average": os.getloadavg()[0],
         "client_cpu_cores": client_cpu / (rounds * seconds),
         "largest_difference": difference,
@@ -216,7 +250,10 @@ def main() -> None:
         repository = triton(
             asked.bundle, Path(scratch) / "models", built.backend, built.precision, TritonSettings(max_queue=10_000)
         )
-        with TritonServer(repository.path, Path(scratch), [RUNTIME]) as server:
+        for name, text in NOTHING.items():
+            (repository.path / "nothing" / name).parent.mkdir(parents=True, exist_ok=True)
+            (repository.path / "nothing" / name).write_text(text)
+        with TritonServer(repository.path, Path(scratch), [RUNTIME, "nothing"]) as server:
             told = triton_grpc.InferenceServerClient(server.grpc).get_server_metadata()
             for ratio in map(parse_key, asked.ratio or ["1", "4"]):
                 for shape in parse_shapes(asked.shapes):

@@ -27,10 +27,7 @@ from variator.errors import EngineError, VariatorError
 from variator.serving.service import Opened, OpenSettings
 from variator.serving.triton_metrics import TritonMetrics
 from variator.serving.triton_request import (
-    INPUTS,
-    PAIR,
     RATIO,
-    TEXT,
     error_code,
     read_inputs,
     read_parameters,
@@ -66,7 +63,7 @@ class VariatorModel:
         except BaseException:
             self._metrics.close()
             raise
-        self._answers: SimpleQueue[tuple[Any, Future[Result]] | None] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[Any, Sequence[str], Future[Result]] | None] = SimpleQueue()
         self._answering = Thread(target=self._answer_all, name="variator-answers", daemon=True)
         self._answering.start()
 
@@ -79,10 +76,14 @@ class VariatorModel:
             except Exception as error:  # noqa: BLE001 - whatever is wrong with one request is its own answer
                 self._send_error(sender, error)
                 continue
-            future.add_done_callback(partial(self._answered, sender))
+            future.add_done_callback(partial(self._answered, sender, request.requested_output_names()))
 
-    def _answered(self, sender: Any, done: Future[Result]) -> None:
-        self._answers.put((sender, done))
+    def _answered(self, sender: Any, wanted: Sequence[str], done: Future[Result]) -> None:
+        """Sent at once where nothing waits, else by another thread: the worker has the next batch to run."""
+        if self._opened.server.scheduler.requests or not self._answers.empty():
+            self._answers.put((sender, wanted, done))
+        else:
+            self._reply(sender, wanted, done)
 
     def finalize(self) -> None:
         """Answer what waits and give everything back."""
@@ -95,25 +96,28 @@ class VariatorModel:
 
     def _submit(self, request: Any) -> Future[Result]:
         asked = read_parameters(request.parameters(), request.timeout(), self._ratio, self._patience_ms)
-        inputs = read_inputs(_tensors(self._backend, request, INPUTS))
+        inputs = read_inputs(_tensors(request))
         return self._opened.server.submit(inputs, **asked.options(self._opened.server.ratios))
 
     def _answer_all(self) -> None:
         """Beside the worker, which computes the next batch meanwhile."""
         while (answer := self._answers.get()) is not None:
-            sender, future = answer
-            try:
-                response = self._response(future.result())
-            except Exception as error:  # noqa: BLE001 - an error is the answer
-                self._send_error(sender, error)
-                continue
-            self._send(sender, response)
+            self._reply(*answer)
 
-    def _response(self, result: Result) -> Any:
+    def _reply(self, sender: Any, wanted: Sequence[str], done: Future[Result]) -> None:
+        try:
+            response = self._response(done.result(), wanted)
+        except Exception as error:  # noqa: BLE001 - an error is the answer
+            self._send_error(sender, error)
+            return
+        self._send(sender, response)
+
+    def _response(self, result: Result, wanted: Sequence[str]) -> Any:
         tensor = self._backend.Tensor
-        outputs = [tensor(name, np.ascontiguousarray(values)) for name, values in result.outputs.items()]
-        ratio = np.full((len(result.lengths), 1), str(result.ratio).encode(), object)
-        return self._backend.InferenceResponse([*outputs, tensor(RATIO, ratio)])
+        found = {name: np.ascontiguousarray(values) for name, values in result.outputs.items() if name in wanted}
+        if RATIO in wanted:
+            found[RATIO] = np.full((len(result.lengths), 1), str(result.ratio).encode(), object)
+        return self._backend.InferenceResponse([tensor(name, values) for name, values in found.items()])
 
     def _send_error(self, sender: Any, error: Exception) -> None:
         self._send(sender, self._backend.InferenceResponse(error=_triton_error(self._backend, error)))
@@ -143,7 +147,7 @@ class TokensModel:
     def _one(self, request: Any) -> Any:
         try:
             asked = read_parameters(request.parameters())
-            rows = self._reader.tokenise(read_inputs(_tensors(self._backend, request, (TEXT, PAIR))), asked.truncate)
+            rows = self._reader.tokenise(read_inputs(_tensors(request)), asked.truncate)
             feed = self._reader.feed(rows, padded_length(max(len(row.ids) for row in rows), self._limit))
         except Exception as error:  # noqa: BLE001 - one request's trouble is its own answer
             return self._backend.InferenceResponse(error=_triton_error(self._backend, error))
@@ -178,10 +182,9 @@ def _place(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"] / BUNDLE
 
 
-def _tensors(backend: Any, request: Any, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+def _tensors(request: Any) -> dict[str, npt.NDArray[Any]]:
     """The inputs that a request brings, as arrays over Triton's memory."""
-    found = {name: backend.get_input_tensor_by_name(request, name) for name in names}
-    return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
 
 def _triton_error(backend: Any, error: Exception) -> Any:

@@ -21,7 +21,6 @@ from variator.toolkit.rows import Input, Row
 
 TEXT, PAIR = "text", "text_pair"
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
-INPUTS = (TEXT, PAIR, IDS, MASK, TYPES)
 RATIO = "ratio"
 """The output that says which ratio served a row."""
 
