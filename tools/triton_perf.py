@@ -2,20 +2,24 @@
 
     python -m tools.triton_perf BUNDLE OUT.json --engine onnxruntime --precision fp32 [--ratio 4] [--shapes 1x32,8x32]
 
-Over gRPC on the loopback, one client and sixteen. Its clients take their share of the processors. It comes with the
-wheel of Triton's client, without two libraries that it needs: one is another wheel, one a package of Debian's, which is
-unpacked without being installed.
+Over gRPC on the loopback, one client and sixteen; before and after each of its runs the same requests go to the same
+queue in this process, by as many threads. It is written in C++, and costs less than a client in Python does, but takes
+its share of the processors, too. It comes with the wheel of Triton's client, without two libraries that it needs: one
+is another wheel, one a package of Debian's, which is unpacked without being installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,23 @@ import numpy as np
 from filelock import FileLock
 
 from tools.record import begun, save
+from tools.triton_bench import in_process, rate
 from tools.triton_server import CACHE, WHEEL, TritonServer, fetch
 from variator.cli import parse_shapes
 from variator.engines.runtime import Runtime
+from variator.engines.serving import ServeSettings
 from variator.errors import EngineError, VariatorError
 from variator.exporters.triton import RUNTIME, triton
 from variator.exporters.triton_config import TritonSettings
 from variator.files import directory_written_whole
+from variator.toolkit.plugin_format import Key, parse_key
 
 SCHEMA = "variator.triton-perf/1"
 CLIENT, CUDA, BASE64 = "tritonclient==2.51.0", "nvidia-cuda-runtime-cu12", "libb64-0d"
 CLIENTS = (1, 16)
 SLO_MS = 60_000
+ALONE, INSIDE_S = 200, 3.0
+"""Requests of the thread that is alone, and seconds for throughput, in this process."""
 
 
 def perf_analyzer(cache: Path = CACHE) -> tuple[str, dict[str, str]]:
@@ -62,7 +71,7 @@ def perf_analyzer(cache: Path = CACHE) -> tuple[str, dict[str, str]]:
     }
 
 
-def measure(address: str, rows: list[list[int]], ratio: str, work: Path) -> list[dict[str, Any]]:
+def measure(address: str, rows: list[list[int]], ratio: Key, work: Path) -> list[dict[str, Any]]:
     """Throughput and latency by number of clients."""
     program, environment = perf_analyzer()
     data, table = work / "data.json", work / "latency.csv"
@@ -85,6 +94,35 @@ def measure(address: str, rows: list[list[int]], ratio: str, work: Path) -> list
     return found
 
 
+def inside(runtime: Runtime, rows: list[list[int]], ratio: Key) -> dict[int, dict[str, float]]:
+    """The same in this process, by number of threads."""
+    found = {}
+    with runtime.serve(ServeSettings()) as queue:
+        call = in_process(queue, rows, ratio)
+        rate([call], 0.5)
+        taken = []
+        for _ in range(ALONE):
+            started = time.perf_counter()
+            call()
+            taken.append((time.perf_counter() - started) * 1e3)
+        for clients in CLIENTS:
+            found[clients] = {"rows_per_s": len(rows) * rate([call] * clients, INSIDE_S)}
+        found[1]["p50_ms"] = statistics.median(taken)
+    return found
+
+
+def compared(found: list[dict[str, Any]], around: list[dict[int, dict[str, float]]]) -> list[dict[str, Any]]:
+    """With what the process itself reached before and after."""
+    for row in found:
+        own = [one[row["clients"]] for one in around]
+        row["in_process_rows_per_s"] = [one["rows_per_s"] for one in own]
+        row["relative_throughput"] = row["rows_per_s"] / statistics.mean(row["in_process_rows_per_s"])
+        if row["clients"] == 1:
+            row["in_process_p50_ms"] = [one["p50_ms"] for one in own]
+            row["overhead_ms"] = row["p50_ms"] - statistics.mean(row["in_process_p50_ms"])
+    return found
+
+
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,20 +135,22 @@ def main() -> None:
     asked = parser.parse_args()
     results: list[dict[str, Any]] = []
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            work = Path(scratch)
-            with Runtime.open(asked.bundle, asked.engine, asked.precision) as runtime:
-                built, vocabulary = runtime.built.record, runtime.bundle.manifest.vocabulary
-                record = begun(SCHEMA, runtime)
+        with contextlib.ExitStack() as stack:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            runtime = stack.enter_context(Runtime.open(asked.bundle, asked.engine, asked.precision))
+            built, vocabulary = runtime.built.record, runtime.bundle.manifest.vocabulary
+            record = begun(SCHEMA, runtime)
             record["versions"] |= {"perf_analyzer": CLIENT, "wheel": WHEEL}
             repository = triton(
                 asked.bundle, work / "models", built.backend, built.precision, TritonSettings(max_queue=10_000)
             )
             with TritonServer(repository.path, work, [RUNTIME]) as server:
-                for ratio in asked.ratio or ["1", "4"]:
+                for ratio in map(parse_key, asked.ratio or ["1", "4"]):
                     for rows, tokens in parse_shapes(asked.shapes):
                         ids = np.random.default_rng(0).integers(1, vocabulary, (rows, tokens)).tolist()
-                        for found in measure(server.grpc, ids, ratio, work):
+                        before = inside(runtime, ids, ratio)
+                        measured = measure(server.grpc, ids, ratio, work)
+                        for found in compared(measured, [before, inside(runtime, ids, ratio)]):
                             results.append({"rows": rows, "tokens": tokens, "ratio": ratio, **found})
                             print(json.dumps(results[-1]), file=sys.stderr)
                         save(record | {"results": results}, asked.output)
