@@ -203,7 +203,7 @@ def measure(out: Path, work: Path, sizes: Sequence[str]) -> None:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     rows = []
-    for size, row in record["rows"].items():
+    for size, row in sorted(record["rows"].items(), key=lambda item: item[1]["parameters"]):
         export, speed = row["export"], row.get("speed_up_at_4", {})
         peak = f"{export['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in export else "–"
         saved = [f"{100 * row['saved'][ratio]:.1f} %" for ratio in ("2", "4", "8")]
@@ -243,6 +243,7 @@ def picture(record: dict[str, Any]) -> str:
             axes.annotate("low memory", (known[index][0], peaks[index]), textcoords="offset points", xytext=(-8, 8),
                           ha="right")  # fmt: skip
         axes.set(xscale="log", xlabel="parameters, millions", ylabel="peak memory of an export, GB")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylim(bottom=0)
 
     with style():

@@ -131,8 +131,9 @@ std::vector<Part> together(const std::vector<Row>& rows, const std::vector<Shape
   return parts;
 }
 
-Feed feed_of(const std::vector<Row>& rows, const Part& part, const std::vector<std::string>& inputs) {
-  Feed feed{static_cast<std::int64_t>(part.places.size()), part.length, {}};
+void fill(Feed& feed, const std::vector<Row>& rows, const Part& part, const std::vector<std::string>& inputs) {
+  feed.rows = static_cast<std::int64_t>(part.places.size());
+  feed.length = part.length;
   const auto width = static_cast<std::size_t>(part.length);
   for (const std::string& name : inputs) {
     std::vector<std::int64_t>& values = feed.inputs[name];
@@ -149,7 +150,6 @@ Feed feed_of(const std::vector<Row>& rows, const Part& part, const std::vector<s
       }
     }
   }
-  return feed;
 }
 
 void place(Outputs& outputs, const std::string& name, const std::vector<std::int64_t>& shape, const float* values,
@@ -178,6 +178,10 @@ void place(Outputs& outputs, const std::string& name, const std::vector<std::int
     whole.shape[0] = static_cast<std::int64_t>(lengths.size());
     if (tokens) {
       whole.shape[1] = longest;
+    }
+    if (!tokens && places.size() == lengths.size()) {  // all rows, in the order that they came in
+      whole.values.assign(values, values + places.size() * width);
+      return;
     }
     whole.values.assign(lengths.size() * per_row, padding_of(name));
   }

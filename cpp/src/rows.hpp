@@ -29,8 +29,8 @@ std::vector<Part> in_buckets(const std::vector<Row>& rows, std::int64_t limit, c
 /// All rows padded to the longest, in parts that run at once.
 std::vector<Part> together(const std::vector<Row>& rows, const std::vector<ShapeRange>& profiles);
 
-/// The inputs of a run.
-Feed feed_of(const std::vector<Row>& rows, const Part& part, const std::vector<std::string>& inputs);
+/// The inputs of a run, in the memory of the run before.
+void fill(Feed& feed, const std::vector<Row>& rows, const Part& part, const std::vector<std::string>& inputs);
 
 /// Copy a run's output into a request's: rows in the order given, token outputs up to each row's length.
 ///

@@ -21,13 +21,14 @@ double ms_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
 
-/// A request's inputs to one engine, and its outputs from it.
+/// A request's inputs to one engine, and its outputs from it. The feed's memory is used again from call to call.
 Outputs computed(Engine& engine, const std::vector<Row>& rows, const std::vector<Part>& parts,
-                 const std::vector<std::string>& inputs) {
+                 const std::vector<std::string>& inputs, Feed& feed) {
   const std::vector<std::int64_t> lengths = lengths_of(rows);
   Outputs outputs;
   for (const Part& part : parts) {
-    engine.run(feed_of(rows, part, inputs),
+    fill(feed, rows, part, inputs);
+    engine.run(feed,
                [&](const std::string& name, const std::vector<std::int64_t>& shape, const float* values) {
                  place(outputs, name, shape, values, part.places, lengths);
                });
@@ -128,7 +129,7 @@ class Runtime::Impl {
     const std::scoped_lock turn(compute_lock_);
     result.queue_ms = ms_since(waiting);
     const auto computing = Clock::now();
-    result.outputs = computed(used, rows, parts, bundle_.manifest().inputs);
+    result.outputs = computed(used, rows, parts, bundle_.manifest().inputs, feed_);
     result.compute_ms = ms_since(computing);
     return result;
   }
@@ -138,7 +139,7 @@ class Runtime::Impl {
     const std::vector<Part> parts = together(rows, used.profiles());
     const std::scoped_lock turn(compute_lock_);
     const auto computing = Clock::now();
-    Outputs outputs = computed(used, rows, parts, bundle_.manifest().inputs);
+    Outputs outputs = computed(used, rows, parts, bundle_.manifest().inputs, feed_);
     return {std::move(outputs), ms_since(computing)};
   }
 
@@ -169,6 +170,7 @@ class Runtime::Impl {
   BuiltEngine built_;
   std::string picked_;
   std::mutex compute_lock_, queue_lock_;
+  Feed feed_;  // of the run that holds compute_lock_
   Loaded engines_;
   std::unique_ptr<AutoQueue> queue_;
 };
