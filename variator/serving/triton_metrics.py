@@ -66,9 +66,12 @@ class TritonMetrics:
         self._waiting = requests
 
     def close(self) -> None:
-        """Tell the rest."""
+        """Tell the rest, and give Triton its metrics back while it is there to take them: a stub dies of it later."""
         self._closing.set()
         self._teller.join()
+        self._metrics.clear()
+        self._families.clear()
+        del self._queue, self._queue_family
 
     def _tell_often(self) -> None:
         while not self._closing.wait(EVERY_S):
