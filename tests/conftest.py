@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backbone(checkpoint: Path) -> Backbone:
     """The tiny embedder, loaded."""
     return load_backbone(str(checkpoint))
+
+
+def hear_ctrl_c() -> None:
+    """For a process that is to be interrupted: what a shell's background jobs start does not hear it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

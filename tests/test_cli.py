@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.conftest import lively
+from tests.conftest import hear_ctrl_c, lively
 from tests.tasks.toys import write_tasks
 from tests.toolkit.test_authors import released
 from variator import cli
@@ -223,10 +223,13 @@ def test_options_of_eval_without_effect_are_refused(
 
 
 def interrupt_after(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
+    try:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(command, process.returncode, "", stderr)
 
 

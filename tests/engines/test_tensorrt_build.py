@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.conftest import hear_ctrl_c
 from tests.engines.fake_gpu import FakeCuda, FakeJustInTime, FakeLibrary, write_plan
 from variator.engines import cuda as cuda_module
 from variator.engines import gpu as gpu_module
@@ -196,7 +197,8 @@ def test_two_processes_building_the_same_plan_both_get_it(copy: Bundle) -> None:
 
 @ahead
 def test_ctrl_c_ends_the_builder_too_and_leaves_nothing(copy: Bundle) -> None:
-    process = subprocess.Popen(command(copy), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(copy), preexec_fn=hear_ctrl_c, **quiet)
     children: list[str] = []
     for _ in range(1000):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

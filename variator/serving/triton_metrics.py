@@ -66,12 +66,9 @@ class TritonMetrics:
         self._waiting = requests
 
     def close(self) -> None:
-        """Tell the rest, and give Triton its metrics back while it is there to take them: a stub dies of it later."""
+        """Tell the rest. The metrics stay Triton's: giving them back can hang the unloading of a model."""
         self._closing.set()
         self._teller.join()
-        self._metrics.clear()
-        self._families.clear()
-        del self._queue, self._queue_family
 
     def _tell_often(self) -> None:
         while not self._closing.wait(EVERY_S):
