@@ -81,7 +81,9 @@ def write(kind: str, directory: Path, **settings: object) -> Path:
     return model if kind == "t5" else untie(model)
 
 
-@pytest.fixture(scope="module", params=["t5", "t5, gated", pytest.param("mt5", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["t5, gated", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("t5", "mt5"))]
+)
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return load_backbone(str(make(request.param, tmp_path_factory.mktemp("models"))))
 

@@ -206,6 +206,7 @@ def test_an_existing_place_is_not_overwritten(backbone: Backbone, bundle: Bundle
         export(backbone, tmp_path / "thesis", ExportSettings((4,), untrained=True, overwrite=True))
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_and_a_rerun_finishes(checkpoint: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

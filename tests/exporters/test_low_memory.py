@@ -196,6 +196,7 @@ def test_another_model_does_not_go_on_with_what_was_begun(killing: list[int], tm
     assert contents(low) == contents(usual)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint("bert", tmp_path / "model")
     place = plugins(tmp_path / "plugins", model)

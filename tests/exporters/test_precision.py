@@ -53,7 +53,7 @@ def test_what_is_narrow_and_what_is_not(lively_bundle: Bundle, precision: str, r
 @pytest.mark.parametrize(
     ("layout", "precision"),
     [
-        ("per-ratio", "bf16"),
+        pytest.param("per-ratio", "bf16", marks=pytest.mark.slow),
         ("shared", "fp16"),
         pytest.param("per-ratio", "fp16", marks=pytest.mark.slow),
         pytest.param("shared", "bf16", marks=pytest.mark.slow),

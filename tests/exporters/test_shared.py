@@ -156,6 +156,7 @@ def test_what_one_graph_cannot_hold_is_refused(backbone: Backbone, tmp_path: Pat
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_wide_plugin_of_many_classes_widens_the_profile_and_counts_as_flops(
     backbone: Backbone, tmp_path: Path
 ) -> None:

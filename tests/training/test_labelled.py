@@ -105,6 +105,7 @@ def test_scores_are_recorded_in_the_plugin_files(checkpoint: Path, backbone: Bac
     assert refused.returncode == 1 and "never trained" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_bundle_and_its_checkpoint_score_alike(tuned: dict[str, Path], data: Path, tmp_path: Path) -> None:
 
     for task in ("rte", "squad"):

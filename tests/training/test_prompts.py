@@ -89,7 +89,8 @@ def test_a_writer_learns_a_task_and_its_plugins_adapt_to_it(
     assert plugins[0].backbone == backbone.fingerprint
 
 
-@pytest.mark.parametrize("task", ["rte", pytest.param("squad", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["rte", "squad"])
 def test_a_bundle_and_its_checkpoint_score_alike(tuned: dict[str, Path], data: Path, tmp_path: Path, task: str) -> None:
     backbone, split = load_backbone(str(tuned[task])), read_split(TASKS[task], "dev", data)
     save_plugin(lively(backbone, 4), tmp_path / "plugins")
