@@ -232,15 +232,21 @@ def _write(output: Path, runtime: Runtime, version: str, results: list[dict[str,
     save(record | {"results": results}, output)
 
 
-def main() -> None:
-    """Measure and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """What is measured, and where the record goes: the same for all that measure a bundle in Triton."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--precision")
     parser.add_argument("--ratio", action="append", help="repeat for several; 1 and 4 by default")
     parser.add_argument("--shapes", default="1x32,8x32", help="rows x tokens of a request")
+    return parser
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=1.0)
     asked = parser.parse_args()

@@ -10,7 +10,6 @@ is another wheel, one a package of Debian's, which is unpacked without being ins
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import json
@@ -27,7 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from tools.record import begun, save
-from tools.triton_bench import in_process, rate
+from tools.triton_bench import in_process, parser_of, rate
 from tools.triton_server import CACHE, WHEEL, TritonServer, fetch
 from variator.cli import parse_shapes
 from variator.engines.runtime import Runtime
@@ -125,14 +124,7 @@ def compared(found: list[dict[str, Any]], around: list[dict[int, dict[str, float
 
 def main() -> None:
     """Measure and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--engine", default="auto")
-    parser.add_argument("--precision")
-    parser.add_argument("--ratio", action="append", help="repeat for several; 1 and 4 by default")
-    parser.add_argument("--shapes", default="1x32,8x32", help="rows x tokens of a request")
-    asked = parser.parse_args()
+    asked = parser_of(__doc__).parse_args()
     results: list[dict[str, Any]] = []
     try:
         with contextlib.ExitStack() as stack:
